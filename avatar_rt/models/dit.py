@@ -1,0 +1,233 @@
+"""VideoRefDiT: Wan 2.1's transformer with sparse reference attention, speech, and a motion stream.
+
+With every addition off it computes Wan 2.1 (arXiv 2503.20314); with TAVR's settings, TAVR (arXiv 2604.27918).
+Rows of one frame are its patches, then its motion token if there is one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from avatar_rt.config import DiTConfig
+from avatar_rt.errors import InputError
+from avatar_rt.models.layers import Block, Head, linear_fp32, rope_table, timestep_embedding
+
+
+def _mlp(in_dim: int, dim: int, act: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_dim, dim), act, nn.Linear(dim, dim))
+
+
+class VideoRefDiT(nn.Module):
+    """Velocity of the generated latents (and motion), given reference K/V that depend on nothing generated."""
+
+    def __init__(self, cfg: DiTConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        dim = cfg.dim
+        self.patch_embedding = nn.Conv3d(cfg.in_channels, dim, cfg.patch, cfg.patch)
+        self.text_embedding = _mlp(cfg.text_dim, dim, nn.GELU(approximate="tanh"))
+        self.time_embedding = _mlp(cfg.freq_dim, dim, nn.SiLU())
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.num_layers)])
+        self.head = Head(dim, cfg.latent_channels * cfg.patch[1] * cfg.patch[2], cfg.eps)
+        if cfg.anchor:
+            self.anchor_embedding = nn.Parameter(torch.randn(dim) * 0.02)
+        if cfg.audio_dim:
+            self.audio_embedding = _mlp(cfg.audio_dim, dim, nn.GELU(approximate="tanh"))
+            self.audio_position = nn.Parameter(torch.randn(3 * cfg.audio_per_latent, dim) * 0.02)
+            self.null_audio = nn.Parameter(torch.zeros(cfg.audio_dim))
+        if cfg.reference:
+            self.reference_embedding = nn.Parameter(torch.randn(dim) * 0.02)
+            self.reference_time = nn.Parameter(torch.randn(dim) * 0.02)
+            if cfg.reference_audio_dim:
+                self.reference_audio_embedding = _mlp(cfg.reference_audio_dim, dim, nn.GELU(approximate="tanh"))
+                self.reference_audio_position = nn.Parameter(torch.randn(cfg.audio_per_latent, dim) * 0.02)
+                self.null_reference_audio = nn.Parameter(torch.zeros(cfg.reference_audio_dim))
+        if cfg.motion_dim:
+            self.motion_embedding = nn.Linear(cfg.motion_dim, dim)
+            self.motion_injection = nn.Linear(cfg.motion_dim, dim)
+            nn.init.zeros_(self.motion_injection.weight)
+            nn.init.zeros_(self.motion_injection.bias)
+            self.motion_head = Head(dim, cfg.motion_dim, cfg.eps)
+
+    # ---- parts -------------------------------------------------------------------------------------------------
+
+    def _tokens(self, latents: Tensor, motion: Tensor | None) -> tuple[Tensor, tuple[int, int, int]]:
+        """[B, Cin, T, H, W] (and [B, T, M]) -> rows [B, T * S, C] fp32 and the patch grid (T, h, w)."""
+        if latents.ndim != 5 or latents.shape[1] != self.cfg.in_channels:
+            raise InputError(f"latents: expected [B, {self.cfg.in_channels}, T, H, W], got {list(latents.shape)}")
+        patches = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype)).float()
+        grid = (patches.shape[2], patches.shape[3], patches.shape[4])
+        rows = patches.flatten(3).permute(0, 2, 3, 1)
+        if self.cfg.motion_dim:
+            if motion is None:
+                motion = latents.new_zeros(latents.shape[0], grid[0], self.cfg.motion_dim)
+            token = self.motion_embedding(motion.to(self.motion_embedding.weight.dtype)).float()
+            rows = torch.cat([rows, token[:, :, None]], dim=2)
+        return rows.flatten(1, 2), grid
+
+    def _positions(self, grid: tuple[int, int, int], start: float, scale: tuple[float, float], motion: bool, device: torch.device) -> Tensor:
+        """[T * S, 3] fp64 time, height, width; a motion token sits at the middle of its frame."""
+        frames, height, width = grid
+        stride = self.cfg.rope_spatial_stride
+        t = start + torch.arange(frames, dtype=torch.float64, device=device)
+        h = torch.arange(height, dtype=torch.float64, device=device) * (stride * scale[0])
+        w = torch.arange(width, dtype=torch.float64, device=device) * (stride * scale[1])
+        position = torch.stack(torch.meshgrid(t, h, w, indexing="ij"), dim=-1).flatten(1, 2)
+        if motion:
+            middle = torch.stack([t, (h[-1] / 2).expand_as(t), (w[-1] / 2).expand_as(t)], dim=-1)
+            position = torch.cat([position, middle[:, None]], dim=1)
+        return position.flatten(0, 1)
+
+    def _rope(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        return rope_table(position, self.cfg.rope_dims, self.cfg.rope_theta)
+
+    def _time(self, t_BT: Tensor, offset: Tensor | None, motion: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Embedding [B, T, C] and its six-way projection [B, T, 6, C], both fp32."""
+        first, _, second = self.time_embedding
+        e = linear_fp32(second, nn.functional.silu(linear_fp32(first, timestep_embedding(t_BT, self.cfg.freq_dim))))
+        if offset is not None:
+            e = e + offset.float()
+        if motion is not None:
+            e = e + nn.functional.pad(linear_fp32(self.motion_injection, motion), (0, 0, 0, e.shape[1] - motion.shape[1]))
+        return e, linear_fp32(self.time_projection[1], nn.functional.silu(e)).unflatten(-1, (6, -1))
+
+    def _text(self, text: Tensor) -> Tensor:
+        return self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
+
+    def _audio(self, features: Tensor | None, null: Tensor, embedding: nn.Module, batch: int, frames: int) -> Tensor:
+        """[B, 4T or 4T-3, A] or None -> [B, 4T, C]. The first latent holds one frame: its other slots are null."""
+        per = self.cfg.audio_per_latent
+        if features is None:
+            features = null.expand(batch, frames * per, -1)
+        elif features.shape[1] == frames * per - (per - 1):
+            features = torch.cat([null.to(features.dtype).expand(features.shape[0], per - 1, -1), features], dim=1)
+        if features.shape[1:] != (frames * per, null.shape[0]):
+            raise InputError(
+                f"audio: expected [B, {frames * per} or {frames * per - per + 1}, {null.shape[0]}] for {frames} latent "
+                f"frames, got {list(features.shape)}"
+            )
+        return embedding(features.to(embedding[0].weight.dtype))
+
+    # ---- reference side ------------------------------------------------------------------------------------------
+
+    def encode_reference(
+        self, latents: Tensor, text: Tensor, audio: Tensor | None = None, motion: Tensor | None = None, *,
+        rows: Tensor | None = None, scale: tuple[float, float] = (1.0, 1.0),
+    ) -> tuple[Tensor, Tensor]:
+        """K and V of the reference rows in every block, computed once per (reference, weights).
+
+        Args:
+            latents: [B, Cin, T, H, W] clean reference latents with their mask channels.
+            text: [B or 1, S, text_dim] the empty caption's embedding.
+            audio: [B, 4T or 4T-3, A] features of the reference's own sound; None is the learned null.
+            motion: [B, T, M] clean motion tokens, or None.
+            rows: [n] int64 kept patches of the flattened (T, h, w) grid, ascending; None keeps all.
+            scale: Target grid over reference grid, for height and width positions.
+
+        Returns: two [layers, B, R, N, D] tensors in the weights' dtype, positions already applied.
+        """
+        cfg = self.cfg
+        if not cfg.reference:
+            raise InputError("encode_reference: expected a model with cfg.reference=True")
+        x, grid = self._tokens(latents, motion)
+        frames, patches = grid[0], grid[1] * grid[2]
+        has_motion = bool(cfg.motion_dim)
+        size = patches + has_motion
+        index = torch.arange(frames, device=x.device).repeat_interleave(size)
+        position = self._positions(grid, cfg.reference_rope_offset, scale, has_motion, x.device)
+        full_rows = x.shape[1]
+        if rows is not None:
+            if cfg.reference_pattern != "full":
+                raise InputError(f"rows: expected reference_pattern 'full' when rows are dropped, got {cfg.reference_pattern!r}")
+            keep = torch.zeros(frames, size, dtype=torch.bool, device=x.device)
+            keep[:, patches:] = True
+            keep[rows // patches, rows % patches] = True
+            rows = keep.flatten().nonzero().flatten()
+            x, index, position = x[:, rows], index[rows], position[rows]
+        rope = self._rope(position)
+        _, e = self._time(x.new_zeros(x.shape[0], frames), self.reference_time, motion if has_motion else None)
+        text_c = self._text(text)
+        heard = where = None
+        if cfg.reference_audio_dim:
+            heard = self._audio(audio, self.null_reference_audio, self.reference_audio_embedding, x.shape[0], frames)
+            where = self.reference_audio_position
+        ks, vs = [], []
+        for i, block in enumerate(self.blocks):
+            x = x + self.reference_embedding.float()
+            qkv = block.reference_kv(x, e, index, rope)
+            ks.append(qkv[1])
+            vs.append(qkv[2])
+            if i + 1 < len(self.blocks):  # nobody sees what the last block would make of the rows
+                x = block.reference(x, e, index, qkv, text_c, heard, where, frames, rows, full_rows)
+        return torch.stack(ks), torch.stack(vs)
+
+    # ---- generated side ------------------------------------------------------------------------------------------
+
+    def forward(
+        self, latents: Tensor, t: Tensor, text: Tensor, audio: Tensor | None = None, *,
+        anchor: Tensor | None = None, anchor_t: Tensor | None = None, anchor_rows: Tensor | None = None,
+        motion: Tensor | None = None, ref_k: Tensor | None = None, ref_v: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One pass over the generated side.
+
+        Args:
+            latents: [B, Cin, T, H, W] noisy (and carried-over clean) latents with their mask channels.
+            t: [B, T] or [B] flow time of each latent frame; 1 is noise, 0 is data.
+            text: [B or 1, S, text_dim] text context, zero rows where padded.
+            audio: [B, 4T or 4T-3, A] speech features; None is the learned null.
+            anchor: [B, Cin, 1, H, W] scene or anchor latent, or None.
+            anchor_t: [B] its flow time; None takes ``t``'s first column.
+            anchor_rows: [n] int64 kept patches of the anchor, or None for all.
+            motion: [B, T, M] noisy motion tokens at the same t, or None.
+            ref_k, ref_v: [layers, B, R, N, D] from ``encode_reference``, or None.
+
+        Returns: velocity [B, C, T, H, W] fp32, and motion velocity [B, T, M] fp32 or None.
+        Raises: InputError on a shape above.
+        """
+        cfg = self.cfg
+        x, grid = self._tokens(latents, motion)
+        batch, frames, patches = x.shape[0], grid[0], grid[1] * grid[2]
+        has_motion = bool(cfg.motion_dim)
+        t = t[:, None].expand(batch, frames) if t.ndim == 1 else t
+        if t.shape != (batch, frames):
+            raise InputError(f"t: expected [{batch}] or [{batch}, {frames}], got {list(t.shape)}")
+        rows = x.shape[1]
+        index = torch.arange(frames, device=x.device).repeat_interleave(patches + has_motion)
+        position = self._positions(grid, 0.0, (1.0, 1.0), has_motion, x.device)
+        if anchor is not None:
+            if not cfg.anchor:
+                raise InputError("anchor: expected none, this model was built with cfg.anchor=False")
+            a = self.patch_embedding(anchor.to(self.patch_embedding.weight.dtype)).float().flatten(2).transpose(1, 2)
+            where = self._positions((1, *grid[1:]), 0.0, (1.0, 1.0), False, x.device)
+            if anchor_rows is not None:
+                a, where = a[:, anchor_rows], where[anchor_rows]
+            x = torch.cat([x, a], dim=1)
+            position = torch.cat([position, where])
+            index = torch.cat([index, index.new_full((where.shape[0],), frames)])
+            t = torch.cat([t, t[:, :1] if anchor_t is None else anchor_t[:, None].to(t.dtype)], dim=1)
+        rope = self._rope(position)
+        e, e6 = self._time(t, None, motion if has_motion else None)
+        text_c = self._text(text)
+        heard = None
+        if cfg.audio_dim:
+            heard = self._audio(audio, self.null_audio, self.audio_embedding, batch, frames)
+        for i, block in enumerate(self.blocks):
+            if anchor is not None:
+                x = torch.cat([x[:, :rows], x[:, rows:] + self.anchor_embedding.float()], dim=1)
+            x = block(
+                x, e6, index, rope, text_c, heard, getattr(self, "audio_position", None), frames, rows,
+                None if ref_k is None else ref_k[i], None if ref_v is None else ref_v[i],
+            )
+        x = x[:, :rows].unflatten(1, (frames, -1))
+        e = e[:, :frames]
+        index = torch.arange(frames, device=x.device)
+        velocity = self._unpatch(self.head(x[:, :, :patches].flatten(1, 2), e, index.repeat_interleave(patches)), grid)
+        motion_velocity = self.motion_head(x[:, :, patches], e, index) if has_motion else None
+        return velocity, motion_velocity
+
+    def _unpatch(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        _, p, q = self.cfg.patch
+        x = x.reshape(x.shape[0], *grid, p, q, self.cfg.latent_channels)
+        return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(x.shape[0], self.cfg.latent_channels, grid[0], grid[1] * p, grid[2] * q)
