@@ -1,0 +1,38 @@
+"""What every test gets: the repository's root, a fixed seed, and real recordings where a machine has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository's root."""
+    return ROOT
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> Iterator[None]:
+    """No test depends on the tests before it: each starts from the same seed and leaves torch's settings as it found them."""
+    torch.manual_seed(0)
+    threads, grad, dtype = torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(dtype)
+    torch.set_grad_enabled(grad)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def recordings() -> Path:
+    """A folder with ``clips`` and ``speech`` of real people, kept beside the repository and never in it."""
+    path = ROOT.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip("no real recordings on this machine: they are not part of the repository")
+    return path
