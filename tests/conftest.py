@@ -19,7 +19,7 @@ def root() -> Path:
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> Iterator[None]:
-    """No test depends on the tests before it: each starts from the same seed and leaves torch's settings as it found them."""
+    """No test depends on those before it: the same seed at the start, torch's settings restored at the end."""
     torch.manual_seed(0)
     threads, grad, dtype = torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype()
     yield

@@ -94,7 +94,9 @@ def test_imports_point_one_way(path: Path) -> None:
 @pytest.mark.parametrize("path", PACKAGE, ids=_name)
 def test_native_code_is_reached_through_ops(path: Path) -> None:
     if _part(_module(path)) != "ops":
-        assert not [m for m, _ in _imports(path) if _part(m) == "_native"], f"{_name(path)} goes around the op contracts"
+        assert not [m for m, _ in _imports(path) if _part(m) == "_native"], (
+            f"{_name(path)} goes around the op contracts"
+        )
 
 
 @pytest.mark.parametrize("stage", STAGES)
