@@ -1,0 +1,103 @@
+"""Motion space and encoder: names, grouping by latent frame, statistics, errors."""
+
+import pytest
+import torch
+
+from avatar_rt.config import MOTION_CHANNELS, MotionConfig
+from avatar_rt.errors import InputError
+from avatar_rt.models.motion import ARKIT_NAMES, MOTION_NAMES, MotionEncoder, group_motion, motion_index, ungroup_motion
+
+
+@pytest.fixture(scope="module")
+def encoder() -> MotionEncoder:
+    torch.manual_seed(0)
+    encoder = MotionEncoder(MotionConfig(base_dim=8)).eval().requires_grad_(False)
+    encoder.mean.uniform_(-0.1, 0.5)
+    encoder.std.uniform_(0.02, 0.3)
+    return encoder
+
+
+def test_names():
+    assert len(ARKIT_NAMES) == 52 and list(ARKIT_NAMES) == sorted(ARKIT_NAMES)
+    assert len(set(MOTION_NAMES)) == MOTION_CHANNELS
+    assert motion_index("jawOpen") == 24 and motion_index("yaw") == 52
+    with pytest.raises(InputError, match="got 'jawopen'"):
+        motion_index("jawopen")
+
+
+@pytest.mark.parametrize("frames, latents", [(1, 1), (5, 2), (37, 10)])
+def test_grouping_goes_round(frames, latents):
+    motion = torch.randn(2, frames, 62)
+    tokens = group_motion(motion)
+    assert tokens.shape == (2, latents, 248)
+    assert torch.equal(ungroup_motion(tokens), motion)
+    assert torch.equal(tokens[:, 0].view(2, 4, 62), motion[:, :1].expand(2, 4, 62))
+
+
+def test_latent_k_holds_frames_4k_minus_3_to_4k():
+    motion = torch.arange(13.0)[None, :, None].expand(1, 13, 62)
+    assert group_motion(motion)[0, 2].view(4, 62)[:, 0].tolist() == [5.0, 6.0, 7.0, 8.0]
+
+
+def test_first_frame_is_the_mean_of_its_copies():
+    tokens = torch.zeros(1, 1, 8)
+    tokens[0, 0, ::2] = torch.tensor([1.0, 2.0, 3.0, 6.0])
+    assert ungroup_motion(tokens).tolist() == [[[3.0, 0.0]]]
+
+
+@pytest.mark.parametrize("frames", [0, 2, 4, 8])
+def test_grouping_refuses_other_lengths(frames):
+    with pytest.raises(InputError, match=rf"expected 1 \+ 4k frames, got {frames}"):
+        group_motion(torch.zeros(1, frames, 62))
+
+
+def test_ungrouping_refuses_other_widths():
+    with pytest.raises(InputError, match=r"got \[1, 3, 62\]"):
+        ungroup_motion(torch.zeros(1, 3, 62))
+
+
+def test_statistics(encoder):
+    motion = torch.randn(2, 5, 62)
+    assert torch.allclose(encoder.denormalize(encoder.normalize(motion)), motion, atol=1e-6)
+    frames = torch.rand(3, 3, 64, 64) * 2 - 1
+    assert torch.allclose(encoder.normalize(encoder(frames)), encoder.read(frames), atol=1e-4)
+
+
+def test_reads_each_frame_alone(encoder):
+    frames = torch.rand(3, 3, 64, 64) * 2 - 1
+    motion = encoder(frames)
+    assert motion.shape == (3, 62) and motion.dtype == torch.float32
+    assert torch.allclose(encoder(frames[1:2])[0], motion[1], atol=1e-5)
+
+
+def test_half_precision_weights(encoder):
+    half = MotionEncoder(encoder.cfg).to(torch.bfloat16)
+    assert half(torch.zeros(1, 3, 64, 64)).dtype == torch.float32
+
+
+def test_size_of_the_shipped_encoder():
+    assert sum(p.numel() for p in MotionEncoder(MotionConfig()).parameters()) * 2 <= 1_300_000
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (1, 3, 64, 32), (1, 1, 64, 64)])
+def test_bad_frames(encoder, shape):
+    with pytest.raises(InputError, match=r"frames: expected \[B, 3, 64, 64\]"):
+        encoder(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("cfg", [MotionConfig(size=40), MotionConfig(base_dim=12)])
+def test_bad_sizes(cfg):
+    with pytest.raises(InputError, match="expected a multiple of"):
+        MotionEncoder(cfg)
+
+
+def test_moved_pictures_carry_their_shift_and_zoom():
+    from training.methods.augment import move_pictures
+
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    spot = torch.exp(-0.5 * ((x - 41.5) ** 2 + (y - 25.5) ** 2) / 4)  # 10 right of and 6 above the centre
+    moved, shift, zoom = move_pictures(spot.expand(6, 3, 64, 64), torch.Generator().manual_seed(0))
+    mass = moved[:, 0] / moved[:, 0].sum((1, 2), keepdim=True)
+    centre = torch.stack(((mass * x).sum((1, 2)), (mass * y).sum((1, 2))), 1) - 31.5
+    expected = torch.tensor([10.0, -6.0]) * zoom[:, None] + shift * 64
+    assert torch.allclose(centre, expected, atol=0.1)
