@@ -9,8 +9,8 @@ TESTS  ?= tests
 BIN     := .venv/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 NATIVE  := setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' -o -name CMakeLists.txt)
-TORCH_CHECK := import sys, torch; v = torch.__version__; \
-	sys.exit(f"avatar_rt needs torch 2.11 or newer, got {v}" if tuple(map(int, v.split(".")[:2])) < (2, 11) else 0)
+TORCH_CHECK := import sys, importlib.util as u; v = __import__("torch").__version__ if u.find_spec("torch") else "none"; \
+	sys.exit((v == "none" or tuple(map(int, v.split(".")[:2])) < (2, 11)) and f"TORCH=system needs torch 2.11 or newer in $(PYTHON), got {v}")
 CXX_SRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test setup lint format cuda clean
@@ -26,7 +26,7 @@ setup: .venv/native
 
 # torch goes first and alone: left to the resolver, a dependency could bring in another build of it.
 .venv/packages: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 		|| { echo "avatar_rt needs Python 3.11 or newer as PYTHON, got $(PYTHON)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 		|| { echo "avatar_rt needs Python's venv module (Debian: apt-get install python3-venv)"; exit 1; }
