@@ -5,8 +5,8 @@ import torch
 
 from avatar_rt.config import SpeechConfig
 from avatar_rt.errors import InputError
-from avatar_rt.models.speech import MOUTH_COEFFICIENTS, SpeechEncoder, mel_filters
 from avatar_rt.models.motion import ARKIT_NAMES
+from avatar_rt.models.speech import MOUTH_COEFFICIENTS, SpeechEncoder, mel_filters
 
 
 @pytest.fixture(scope="module")
