@@ -85,6 +85,9 @@ def _changed(path: str, value: object) -> str:
         ("vae", "small", "config.vae: expected an object, got str"),
         ("dit.dim", 255, "dim: expected a multiple of num_heads=4, got 255"),
         ("dit.dim", 252, "dim: expected an even head size, got 63"),
+        ("dit.num_heads", 0, "num_heads: expected more than 0, got 0"),
+        ("dit.dim", -256, "dim: expected more than 0, got -256"),
+        ("height", 0, "height: expected a multiple of 16, got 0"),
         ("dit.patch", [2, 2, 2], r"patch: expected 1 in time, got \(2, 2, 2\)"),
         ("dit.reference_pattern", "all", "reference_pattern: expected one of full, frame, window, got 'all'"),
         ("dit.reference_audio_dim", 0, "reference_audio_dim: expected both sides' audio on, or both off"),
@@ -120,11 +123,28 @@ def test_text_that_is_no_configuration(text: str, says: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("path", ["dit.dim", "dit.patch", "vae.dim_mult", "height", "chunk.latents"])
-@pytest.mark.parametrize("value", ["wide", None, {"a": 1}])
-def test_a_value_of_the_wrong_type_is_one_sentence(path: str, value: object) -> None:
-    with pytest.raises(InputError):
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("dit.ffn_dim", "wide", r"config.dit.ffn_dim: expected int, got 'wide'"),
+        ("dit.ffn_dim", 2.5, r"config.dit.ffn_dim: expected int, got 2.5"),
+        ("dit.num_heads", True, r"config.dit.num_heads: expected int, got True"),
+        ("dit.reference", 1, r"config.dit.reference: expected bool, got 1"),
+        ("dit.patch", None, r"config.dit.patch: expected tuple\[int, int, int\], got None"),
+        ("dit.patch", {"a": 1}, r"config.dit.patch: expected tuple\[int, int, int\], got {'a': 1}"),
+        ("dit.patch", [1, 2], r"config.dit.patch: expected tuple\[int, int, int\], got \[1, 2\]"),
+        ("vae.dim_mult", [1, "2", 4], r"config.vae.dim_mult: expected tuple\[int, ...\], got \[1, '2', 4\]"),
+        ("sampling.shift", "3", r"config.sampling.shift: expected float, got '3'"),
+        ("name", 3, r"config.name: expected str, got 3"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_one_sentence(path: str, value: object, says: str) -> None:
+    with pytest.raises(InputError, match=says):
         AvatarConfig.from_json(_changed(path, value))
+
+
+def test_a_whole_number_is_a_float() -> None:
+    assert AvatarConfig.from_json(_changed("sampling.shift", 3)) == PRESETS["tiny"]
 
 
 def test_unknown_preset() -> None:
