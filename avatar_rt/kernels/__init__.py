@@ -1,0 +1,1 @@
+"""Triton implementations of the ops, one module per family. Empty until a GPU kernel exists."""

@@ -1,0 +1,19 @@
+"""Op contracts: what each op means, its shapes and errors, its definition, cost and gradients, and who may run it."""
+
+from avatar_rt.ops._dispatch import explain, force
+from avatar_rt.ops.attention import local_temporal_attention, sparse_reference_attention
+from avatar_rt.ops.conv import causal_conv3d
+from avatar_rt.ops.flow import flow_step
+from avatar_rt.ops.norm import gate_residual, layernorm_modulate, qk_norm_rope
+
+__all__ = [
+    "causal_conv3d",
+    "explain",
+    "flow_step",
+    "force",
+    "gate_residual",
+    "layernorm_modulate",
+    "local_temporal_attention",
+    "qk_norm_rope",
+    "sparse_reference_attention",
+]

@@ -1,0 +1,216 @@
+"""Attention over key/value segments: the cached reference and the fresh tokens, under one softmax."""
+
+import torch
+from torch import Tensor
+
+from avatar_rt.errors import InputError
+from avatar_rt.ops import _check, _dispatch
+from avatar_rt.ops._attention_backward import Segments, backward, band, segments_of, setup_context, wide
+from avatar_rt.ops._dispatch import Implementation
+
+
+def sparse_reference_attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    ref_k: Tensor | None = None,
+    ref_v: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend from ``q`` to the rows of [k ; ref_k] with one softmax; nothing is concatenated, no mask is made.
+
+    Args:
+        q: [B, L, N, D] fp32 or bf16, D contiguous, other strides free.
+        k, v: [B, S, N, D], the fresh rows; both None to see the reference only.
+        ref_k, ref_v: [B, R, N, D], the reference rows; both None to see the fresh rows only.
+        scale: Factor on the scores, above 0; default D ** -0.5.
+        return_lse: Also return the natural-log sum of exponentials of each query's scores.
+
+    Returns: [B, L, N, D], dtype of ``q``, accumulated in fp32; with ``return_lse`` also [B, N, L] fp32
+        (both in fp64 for fp64 inputs).
+    Raises: InputError on a shape, dtype or device above; UnsupportedError when no implementation can run.
+    """
+    q, k, v, ref_k, ref_v = _autocast(q, k, v, ref_k, ref_v)
+    scale = _check_inputs(q, k, v, ref_k, ref_v, scale)
+    out, lse = torch.ops.avatar_rt.sparse_reference_attention(q, k, v, ref_k, ref_v, scale)
+    return (out, lse) if return_lse else out
+
+
+def local_temporal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ref_k: Tensor | None = None,
+    ref_v: Tensor | None = None,
+    *,
+    num_frames: int,
+    radius: int,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend within a band of frames in time (all of space) and to every reference row, with one softmax.
+
+    Args:
+        q, k, v: [B, L, N, D] fp32 or bf16, frame after frame: row i is in frame i // (L / num_frames).
+        ref_k, ref_v: [B, R, N, D] or both None.
+        num_frames: Frames in L; L is a multiple of it.
+        radius: A row of frame f sees the fresh rows of frames f - radius .. f + radius.
+        scale, return_lse: As in ``sparse_reference_attention``.
+
+    Returns: As ``sparse_reference_attention``.
+    Raises: InputError on a shape, dtype or device above; UnsupportedError when no implementation can run.
+    """
+    q, k, v, ref_k, ref_v = _autocast(q, k, v, ref_k, ref_v)
+    if k is None or v is None:
+        raise InputError("k: expected a tensor [B, L, N, D], got None")
+    scale = _check_inputs(q, k, v, ref_k, ref_v, scale)
+    if k.shape[1] != q.shape[1]:
+        raise InputError(f"k: expected L={q.shape[1]} rows as in q, got {k.shape[1]}")
+    if num_frames < 1 or q.shape[1] % num_frames:
+        raise InputError(f"num_frames: expected a divisor of L={q.shape[1]}, got {num_frames}")
+    if radius < 0:
+        raise InputError(f"radius: expected 0 or more frames, got {radius}")
+    out, lse = torch.ops.avatar_rt.local_temporal_attention(q, k, v, ref_k, ref_v, num_frames, radius, scale)
+    return (out, lse) if return_lse else out
+
+
+def _autocast(q: Tensor, *rest: Tensor | None) -> list[Tensor | None]:
+    dtype = _check.autocast_dtype(q) if isinstance(q, Tensor) else None
+    return [x if x is None or dtype is None else x.to(dtype) for x in (q, *rest)]
+
+
+def _check_inputs(
+    q: Tensor, k: Tensor | None, v: Tensor | None, ref_k: Tensor | None, ref_v: Tensor | None, scale: float | None
+) -> float:
+    sizes: dict[str, int] = {}
+    _check.shape("q", q, "B L N D", sizes)
+    _check.floating("q", q)
+    _check.rows_contiguous("q", q)
+    rows = 0
+    for letter, names, pair in (("S", ("k", "v"), (k, v)), ("R", ("ref_k", "ref_v"), (ref_k, ref_v))):
+        if (pair[0] is None) != (pair[1] is None):
+            missing = names[0] if pair[0] is None else names[1]
+            raise InputError(f"{missing}: expected a tensor beside {names[pair[0] is None]}, got None")
+        if pair[0] is None:
+            continue
+        for name, x in zip(names, pair, strict=True):
+            _check.shape(name, x, f"B {letter} N D", sizes)
+            _check.same_dtype(name, x, "q", q)
+            _check.rows_contiguous(name, x)
+        rows += sizes[letter]
+    if rows == 0:
+        raise InputError("k, ref_k: expected at least one key row, got none")
+    if scale is None:
+        return sizes["D"] ** -0.5
+    _check.positive("scale", scale)
+    return float(scale)
+
+
+# --- definition ------------------------------------------------------------------------------------------------------
+
+
+def _attend(q: Tensor, segments: Segments, scale: float) -> tuple[Tensor, Tensor]:
+    q_wide = wide(q)
+    scores = [q_wide @ wide(k).transpose(-1, -2) for k, _ in segments]
+    scores = (scores[0] if len(scores) == 1 else torch.cat(scores, -1)).mul_(scale)
+    lse = torch.logsumexp(scores, -1)
+    weights = scores.sub_(lse[..., None]).exp_().split([k.shape[1] for k, _ in segments], -1)
+    out = sum(p @ wide(v) for p, (_, v) in zip(weights, segments, strict=True))
+    return out.transpose(1, 2).to(q.dtype).contiguous(), lse
+
+
+def _sparse_ref(
+    q: Tensor, k: Tensor | None, v: Tensor | None, ref_k: Tensor | None, ref_v: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    return _attend(q, segments_of(k, v, ref_k, ref_v), scale)
+
+
+def _local_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ref_k: Tensor | None,
+    ref_v: Tensor | None,
+    num_frames: int,
+    radius: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    parts = []
+    for frame in range(num_frames):
+        own, seen = band(frame, num_frames, radius, q.shape[1])
+        parts.append(_attend(q[:, own], segments_of(k[:, seen], v[:, seen], ref_k, ref_v), scale))
+    return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 2)
+
+
+# --- cost ------------------------------------------------------------------------------------------------------------
+
+
+def _bytes(*tensors: Tensor | None) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+
+
+def _sparse_cost(
+    q: Tensor, k: Tensor | None, v: Tensor | None, ref_k: Tensor | None, ref_v: Tensor | None, scale: float
+) -> tuple[int, int]:
+    """FLOPs (two products per attended pair) and bytes (every operand once, out and LSE)."""
+    rows = sum(x.shape[1] for x in (k, ref_k) if x is not None)
+    lse_bytes = 4 * q.shape[0] * q.shape[1] * q.shape[2]
+    return 4 * q.numel() * rows, _bytes(q, k, v, ref_k, ref_v, q) + lse_bytes
+
+
+def _local_cost(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ref_k: Tensor | None,
+    ref_v: Tensor | None,
+    num_frames: int,
+    radius: int,
+    scale: float,
+) -> tuple[int, int]:
+    frames = sum(min(f + radius + 1, num_frames) - max(f - radius, 0) for f in range(num_frames))
+    pairs = frames * (q.shape[1] // num_frames) ** 2 + q.shape[1] * (0 if ref_k is None else ref_k.shape[1])
+    _, moved = _sparse_cost(q, k, v, ref_k, ref_v, scale)
+    return 4 * q.shape[0] * q.shape[2] * q.shape[3] * pairs, moved
+
+
+# --- implementations -------------------------------------------------------------------------------------------------
+
+
+def _refuses_reference(*args) -> str | None:
+    return None
+
+
+_dispatch.register("sparse_reference_attention", Implementation("reference", _refuses_reference, _sparse_ref))
+_dispatch.register("local_temporal_attention", Implementation("reference", _refuses_reference, _local_ref))
+
+
+@torch.library.custom_op(
+    "avatar_rt::sparse_reference_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor? k, Tensor? v, Tensor? ref_k, Tensor? ref_v, float scale) -> (Tensor, Tensor)",
+)
+def _sparse_op(q, k, v, ref_k, ref_v, scale):
+    return _dispatch.run("sparse_reference_attention", q, k, v, ref_k, ref_v, scale)
+
+
+@torch.library.custom_op(
+    "avatar_rt::local_temporal_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? ref_k, Tensor? ref_v, int num_frames, int radius, float scale)"
+    " -> (Tensor, Tensor)",
+)
+def _local_op(q, k, v, ref_k, ref_v, num_frames, radius, scale):
+    return _dispatch.run("local_temporal_attention", q, k, v, ref_k, ref_v, num_frames, radius, scale)
+
+
+def _fake(q, k, v, ref_k, ref_v, *rest):
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=lse_dtype)
+
+
+for _op in (_sparse_op, _local_op):
+    _op.register_fake(_fake)
+    _op.register_autograd(backward, setup_context=setup_context)
