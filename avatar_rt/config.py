@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +69,8 @@ class DiTConfig:
     motion_dim: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("dim", "ffn_dim", "num_heads", "num_layers"):
+            _check(getattr(self, name) > 0, f"{name}: expected more than 0, got {getattr(self, name)}")
         _check(self.dim % self.num_heads == 0, f"dim: expected a multiple of num_heads={self.num_heads}, got {self.dim}")
         _check(self.head_dim % 2 == 0, f"dim: expected an even head size, got {self.head_dim}")
         _check(self.patch[0] == 1, f"patch: expected 1 in time, got {self.patch}")
@@ -100,17 +103,21 @@ class VAEConfig:
 
     Attributes:
         base_dim, dim_mult, num_res_blocks: Widths per level and residual blocks per level.
+        encoder_base_dim: Base width of the encoder where it differs from the decoder's (0: ``base_dim``).
         temporal_downsample: Per spatial downsampling, whether it also halves time.
+        time_kernel: Kernel size in time per level (empty: 3 everywhere, as published).
         patch: Pixels folded into channels on each side before the first convolution (1 is off).
         latent_mean, latent_std: Per-channel statistics; normalised latents are (z - mean) / std.
     """
 
     base_dim: int = 96
+    encoder_base_dim: int = 0
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     temporal_downsample: tuple[bool, ...] = (False, True, True)
     latent_channels: int = 16
     patch: int = 1
+    time_kernel: tuple[int, ...] = ()
     latent_mean: tuple[float, ...] = ()
     latent_std: tuple[float, ...] = ()
 
@@ -119,9 +126,15 @@ class VAEConfig:
             len(self.temporal_downsample) == len(self.dim_mult) - 1,
             f"temporal_downsample: expected {len(self.dim_mult) - 1} entries, got {len(self.temporal_downsample)}",
         )
+        n = len(self.time_kernel)
+        _check(n in (0, len(self.dim_mult)), f"time_kernel: expected 0 or {len(self.dim_mult)} entries, got {n}")
         for name in ("latent_mean", "latent_std"):
             n = len(getattr(self, name))
             _check(n in (0, self.latent_channels), f"{name}: expected 0 or {self.latent_channels} values, got {n}")
+
+    @property
+    def time_kernels(self) -> tuple[int, ...]:
+        return self.time_kernel or (3,) * len(self.dim_mult)
 
     @property
     def spatial_stride(self) -> int:
@@ -201,7 +214,7 @@ class AvatarConfig:
         step = self.vae.spatial_stride * self.dit.patch[1]
         for axis in ("height", "width"):
             size = getattr(self, axis)
-            _check(size % step == 0, f"{axis}: expected a multiple of {step}, got {size}")
+            _check(size > 0 and size % step == 0, f"{axis}: expected a multiple of {step}, got {size}")
         _check(0 <= self.chunk.overlap < self.chunk.latents,
                f"chunk.overlap: expected less than chunk.latents={self.chunk.latents}, got {self.chunk.overlap}")
 
@@ -234,17 +247,33 @@ _NESTED = {
 }
 
 
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value read from JSON is of a field's type: int, float, bool, str, or a tuple of one of them."""
+    if typing.get_origin(kind) is tuple:
+        kinds = typing.get_args(kind)
+        right_length = kinds[-1] is ... or (isinstance(value, tuple) and len(value) == len(kinds))
+        return isinstance(value, tuple) and right_length and all(_fits(v, kinds[0]) for v in value)
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _kind(kind: Any) -> str:
+    return str(kind) if typing.get_origin(kind) else kind.__name__
+
+
 def _build(cls: type, raw: Any, where: str) -> Any:
     _check(isinstance(raw, dict), f"{where}: expected an object, got {type(raw).__name__}")
     names = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(raw) - names)
     _check(not unknown, f"{where}: unknown key {unknown[0] if unknown else ''!r}, expected one of {', '.join(sorted(names))}")
-    values = {}
+    values, hints = {}, typing.get_type_hints(cls)
     for key, value in raw.items():
         if cls is AvatarConfig and key in _NESTED:
             values[key] = _build(_NESTED[key], value, f"{where}.{key}")
         else:
             values[key] = tuple(value) if isinstance(value, list) else value
+            _check(_fits(values[key], hints[key]), f"{where}.{key}: expected {_kind(hints[key])}, got {value!r}")
     try:
         return cls(**values)
     except TypeError as e:
@@ -271,12 +300,12 @@ _WAN_VAE = VAEConfig(
 PRESETS: dict[str, AvatarConfig] = {
     "tiny": AvatarConfig(
         name="tiny", height=64, width=64, output_scale=4,
-        dit=DiTConfig(dim=256, ffn_dim=768, num_heads=4, num_layers=6, text_dim=64, text_len=16, mask_channels=2,
+        dit=DiTConfig(dim=256, ffn_dim=512, num_heads=4, num_layers=5, text_dim=64, text_len=16, mask_channels=2,
                       reference=True, anchor=True, audio_dim=128, reference_audio_dim=128, audio_adapter_dim=32,
                       motion_dim=4 * MOTION_CHANNELS),
         vae=VAEConfig(base_dim=32, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(True, True), patch=2),
         text=TextConfig(dim=64, length=16, buckets=2048),
-        chunk=ChunkConfig(latents=10, overlap=2),
+        chunk=ChunkConfig(latents=8, overlap=2),
         sampling=SamplingConfig(steps=16, shift=3.0, reference_scale=1.5, audio_scale=1.5),
         reference_latents=8,
     ),

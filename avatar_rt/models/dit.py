@@ -18,6 +18,19 @@ def _mlp(in_dim: int, dim: int, act: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_dim, dim), act, nn.Linear(dim, dim))
 
 
+def with_masks(latents: Tensor, cfg: DiTConfig, scene: float | Tensor, carried: float | Tensor) -> Tensor:
+    """Appends the scene and carried-over mask channels when the model has them.
+
+    latents: [B, 16, T, H, W]; scene, carried: numbers or tensors that expand to [B, 1, T, H, W].
+    Returns [B, in_channels, T, H, W]. Video-reference rows carry scene 1, carried 0 (TAVR's convention).
+    """
+    if not cfg.mask_channels:
+        return latents
+    shape = (latents.shape[0], 1, *latents.shape[2:])
+    masks = [torch.as_tensor(m, dtype=latents.dtype, device=latents.device).expand(shape) for m in (scene, carried)]
+    return torch.cat([latents, *masks], dim=1)
+
+
 class VideoRefDiT(nn.Module):
     """Velocity of the generated latents (and motion), given reference K/V that depend on nothing generated."""
 

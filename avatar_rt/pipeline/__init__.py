@@ -1,0 +1,1 @@
+"""The stages in data order: reference, schedule, denoise, refine, decode. Each defines the type it produces."""

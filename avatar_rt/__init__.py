@@ -1,0 +1,30 @@
+"""avatar_rt: a reference video and speech in, a talking video out.
+
+The public names load on first use, so that ``import avatar_rt`` stays light.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from avatar_rt.config import PRESETS, AvatarConfig, preset
+from avatar_rt.errors import ArtifactError, AvatarError, InputError, UnsupportedError
+
+if TYPE_CHECKING:
+    from avatar_rt.engine import AvatarEngine, Reference, Session
+
+__version__ = "0.1.0"
+__all__ = [
+    "AvatarEngine", "Reference", "Session", "AvatarConfig", "PRESETS", "preset",
+    "AvatarError", "InputError", "UnsupportedError", "ArtifactError", "__version__",
+]  # fmt: skip
+
+_LAZY = ("AvatarEngine", "Reference", "Session")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module("avatar_rt.engine"), name)
+    raise AttributeError(f"module 'avatar_rt' has no attribute {name!r}")

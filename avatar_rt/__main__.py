@@ -1,0 +1,131 @@
+"""The command line, thin over engine.py: ``avatar-rt generate REF SPEECH -o OUT`` and ``avatar-rt demo``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from avatar_rt import __version__
+from avatar_rt.errors import AvatarError, InputError
+
+SAMPLES = Path(__file__).parent / "samples"
+
+
+class Progress:
+    """A rich bar on a terminal, plain lines otherwise; frames per second and time left in both."""
+
+    def __init__(self, label: str) -> None:
+        self.label, self.started, self.printed = label, time.monotonic(), 0.0
+        self.bar = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+            self.bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+            self.task = self.bar.add_task(label, total=None, rate="")
+            self.bar.start()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == 0:
+            self.started = now
+        rate = done / max(now - self.started, 1e-9)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, total=total, rate=f"{rate:.1f} fps" if done else "")
+        elif done and (now - self.printed > 2 or done == total):
+            self.printed = now
+            left = (total - done) / rate
+            print(f"{self.label}: {done}/{total} frames, {rate:.1f} fps, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def _positive(kind: type) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not value > 0:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"
+    return parse
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="avatar-rt", description="A talking video from a reference video and speech.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--bundle", type=Path, help="bundle directory (default: the shipped tiny)")
+    common.add_argument("--device", default="cpu", help="cpu or cuda[:n] (default: %(default)s)")
+    common.add_argument("--seed", type=int, default=0, help="same seed, same video (default: %(default)s)")
+    common.add_argument("--steps", type=_positive(int), help="solver steps (default: the bundle's)")
+    generate = commands.add_parser("generate", parents=[common], help="reference video and speech to talking video")
+    generate.add_argument("reference", type=Path, help="video of one person facing the camera")
+    generate.add_argument("speech", type=Path, help="sound file, or a video whose sound to use")
+    generate.add_argument("-o", "--output", type=Path, required=True, help=".mp4, .mov or .mkv to write")
+    generate.add_argument("--scene", type=Path, help="picture of the place (default: the reference's own)")
+    generate.add_argument("--prompt", default="", help="a few words about the scene")
+    generate.add_argument("--seconds", type=_positive(float), help="use only the first seconds of the speech")
+    generate.add_argument("--reference-scale", type=float, help="guidance towards the reference; 1 is off")
+    generate.add_argument("--audio-scale", type=float, help="guidance towards the speech; 1 is off")
+    generate.add_argument("--sheet", type=Path, help="also write a contact sheet, .png")
+    demo = commands.add_parser("demo", parents=[common], help="generate from the shipped samples: OUT/demo.mp4, demo.png")
+    demo.add_argument("--out", type=Path, default=Path("out"), help="folder (default: %(default)s)")
+    return parser
+
+
+def _generate(args: argparse.Namespace, reference: Path, speech: Path, output: Path, sheet: Path | None) -> None:
+    from avatar_rt.media.writer import check_output
+
+    check_output(output)
+    if sheet is not None and sheet.suffix.lower() != ".png":
+        raise InputError(f"{sheet}: expected a contact sheet ending in .png")
+    from avatar_rt.engine import AvatarEngine
+
+    started = time.monotonic()
+    engine = AvatarEngine(args.bundle, device=args.device)
+    options = {"seed": args.seed, "steps": args.steps}
+    for name in ("scene", "prompt", "seconds", "reference_scale", "audio_scale"):
+        if getattr(args, name, None) is not None:
+            options[name] = getattr(args, name)
+    bar = Progress("generate")
+    try:
+        engine.generate(reference, speech, output, progress=bar, **options)
+    finally:
+        bar.stop()
+    if sheet is not None:
+        from avatar_rt.media.reader import read_video
+        from avatar_rt.media.sheet import contact_sheet
+
+        contact_sheet(read_video(output).frames, 8, sheet, rows=3)
+    print(f"wrote {output}" + (f" and {sheet}" if sheet else "") + f" in {time.monotonic() - started:.1f} s")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        if args.command == "generate":
+            _generate(args, args.reference, args.speech, args.output, args.sheet)
+        else:
+            args.out.mkdir(parents=True, exist_ok=True)
+            out = args.out
+            _generate(args, SAMPLES / "reference.mp4", SAMPLES / "speech.wav", out / "demo.mp4", out / "demo.png")
+    except AvatarError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

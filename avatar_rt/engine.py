@@ -1,0 +1,294 @@
+"""The engine: ``AvatarEngine`` holds weights and is shared; ``Session`` holds one stream's state. The loop is on one screen."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from avatar_rt.config import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, SamplingConfig
+from avatar_rt.errors import InputError, UnsupportedError
+from avatar_rt.media.audio import Speech, normalise_loudness, read_audio
+from avatar_rt.media.face import crop_face, track_face
+from avatar_rt.media.reader import read_image, read_video
+from avatar_rt.media.writer import VideoWriter, check_output
+from avatar_rt.models.dit import VideoRefDiT
+from avatar_rt.models.motion import MotionEncoder
+from avatar_rt.models.speech import SpeechEncoder
+from avatar_rt.models.text import TextEncoder
+from avatar_rt.models.vae import VideoVAE
+from avatar_rt.models.weights import load_weights
+from avatar_rt.pipeline.decode import decode_chunk
+from avatar_rt.pipeline.denoise import ChunkState, Conditions, Scene, denoise_chunk
+from avatar_rt.pipeline.reference import ReferenceCache, ReferenceContext, encode_reference, read_reference, to_video
+from avatar_rt.pipeline.schedule import make_schedule
+from avatar_rt.runtime.manifest import open_bundle, shipped_bundle
+from avatar_rt.scene.image import blank_head, latent_mask
+
+Path_ = str | os.PathLike[str]
+MAX_REFERENCE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A prepared person: context (level 1), K/V of every block (level 2), and the clip's own scene.
+
+    Attributes:
+        frames: uint8 [F, height, width, 3] the face-centred crops that were encoded.
+        weights_hash: The weights that the cache belongs to.
+    """
+
+    context: ReferenceContext
+    cache: ReferenceCache
+    scene: Scene
+    frames: np.ndarray
+    weights_hash: str
+
+
+def _bf16_is_native(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    # The private query is the only one torch has for a CPU; without it fp32 is right everywhere.
+    query = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return bool(query and query())
+
+
+def _load(module: nn.Module, path: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    load_weights(module, path, dtype=dtype)
+    return module.eval().requires_grad_(False).to(device)
+
+
+class AvatarEngine:
+    """Weights and compiled callables of one bundle on one device. Thread-safe: sessions share it and own their state.
+
+    Args:
+        bundle: Bundle directory; None is the shipped ``tiny``.
+        device: ``cpu`` or ``cuda[:n]``.
+        dtype: Of the transformer; None is bf16 where the machine computes it natively, else fp32.
+
+    Raises: ArtifactError on a damaged bundle; UnsupportedError on a device that is not there.
+    """
+
+    def __init__(self, bundle: Path_ | None = None, *, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
+        try:
+            self.device = torch.device(device)
+        except RuntimeError:
+            raise InputError(f"device: expected cpu or cuda[:n], got {device!r}") from None
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise UnsupportedError(f"device {device}: torch {torch.__version__} sees no CUDA GPU here; use cpu")
+        if self.device.type not in ("cpu", "cuda"):
+            raise InputError(f"device: expected cpu or cuda[:n], got {device!r}")
+        self.bundle = open_bundle(Path(bundle) if bundle is not None else shipped_bundle())
+        cfg, parts = self.bundle.config, self.bundle.parts
+        self.config = cfg
+        self.dtype = dtype or (torch.bfloat16 if _bf16_is_native(self.device) else torch.float32)
+        fp32 = torch.float32
+        with torch.device("meta"):
+            dit, vae = VideoRefDiT(cfg.dit), VideoVAE(cfg.vae)
+        self.dit = _load(dit, parts["dit"], self.dtype, self.device)
+        self.vae = _load(vae, parts["vae"], fp32, self.device)
+        self.speech = _load(SpeechEncoder(cfg.speech), parts["speech"], fp32, self.device)
+        self.motion = _load(MotionEncoder(cfg.motion), parts["motion"], fp32, self.device)
+        self.text = _load(TextEncoder(cfg.text), parts["text"], fp32, self.device) if "text" in parts else None
+
+    # ---- conditions ------------------------------------------------------------------------------------------------
+
+    def embed_text(self, prompt: str = "") -> Tensor:
+        """[1, S, D] context of a prompt. A bundle without a text encoder knows only the empty caption (zero rows)."""
+        if self.text is not None:
+            return self.text.encode([prompt])
+        if prompt:
+            raise UnsupportedError(f"text: bundle {self.config.name!r} has no text encoder, expected an empty prompt")
+        return torch.zeros(1, self.config.text.length, self.config.text.dim, device=self.device)
+
+    def encode_scene(self, image: np.ndarray, *, blank: bool = True) -> Scene:
+        """A scene image uint8 [H, W, 3], cut to the model's shape, its head region blanked, as a latent."""
+        cfg = self.config
+        image = _fit(image, cfg.height, cfg.width)
+        kept = np.ones(image.shape[:2], bool)
+        if blank:
+            image, kept = blank_head(image)
+        latent = self.vae.normalize(self.vae.encode(to_video(image[None]).to(self.device))[0].float())
+        mask = torch.from_numpy(latent_mask(kept, *cfg.latent_size)).to(self.device, torch.float32)
+        return Scene(latent, mask[None, None, None])
+
+    @torch.inference_mode()
+    def prepare(self, video: Path_ | np.ndarray, *, sound: np.ndarray | None = None, cropped: bool = False) -> Reference:
+        """Everything of a person that does not depend on a request: read, crop, encode, K/V. Done once.
+
+        Args:
+            video: A file, or frames uint8 [F, H, W, 3] at 25 fps.
+            sound: fp32 [S] 16 kHz mono of given frames; a file brings its own.
+            cropped: The frames are face-centred crops already.
+
+        Raises: InputError when there is no readable video or no face in it.
+        """
+        name = "the given frames"
+        if not isinstance(video, np.ndarray):
+            clip = read_video(video, max_seconds=MAX_REFERENCE_SECONDS)
+            video, sound, name = clip.frames, clip.audio, str(clip.path)
+        cfg = self.config
+        if cropped:
+            frames = np.stack([_fit(f, cfg.height, cfg.width) for f in video])
+        else:
+            frames = crop_face(video, track_face(video, name=name), cfg.height)
+        wave = normalise_loudness(sound, SAMPLE_RATE) if sound is not None and len(sound) else None
+        context = read_reference(frames, wave, self.embed_text(), cfg, self.vae, self.speech, self.motion)
+        cache = encode_reference(self.dit, context)
+        scene = self.encode_scene(frames[0])
+        return Reference(context, cache, scene, frames, self.bundle.weights_hash)
+
+    # ---- generation ------------------------------------------------------------------------------------------------
+
+    def session(
+        self, reference: Reference, *, scene: Path_ | np.ndarray | None = None, prompt: str = "", seed: int = 0,
+        steps: int | None = None, reference_scale: float | None = None, audio_scale: float | None = None,
+        use_cache: bool = True,
+    ) -> Session:
+        """A new stream. ``scene`` None is the reference's own; ``use_cache=False`` recomputes the reference each pass."""
+        if reference.weights_hash != self.bundle.weights_hash:
+            raise InputError("reference: it was prepared with other weights; prepare it again with this engine")
+        given = {"steps": steps, "reference_scale": reference_scale, "audio_scale": audio_scale}
+        sampling = dataclasses.replace(self.config.sampling, **{k: v for k, v in given.items() if v is not None})
+        place = reference.scene
+        if scene is not None:
+            with torch.inference_mode():
+                place = self.encode_scene(scene if isinstance(scene, np.ndarray) else read_image(scene))
+        return Session(self, reference, place, prompt, seed, sampling, use_cache)
+
+    def generate(
+        self, reference: Path_ | Reference, speech: Path_, output: Path_, *, seconds: float | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None, **options: object,
+    ) -> Path:
+        """Reference video and speech file in, talking video out; nothing is left at ``output`` when it fails.
+
+        Args:
+            seconds: Use only the first seconds of the speech.
+            progress: Called with (frames written, frames in all).
+            options: As of ``session``.
+        """
+        output = check_output(output)
+        sound = read_audio(speech)
+        if seconds is not None:
+            sound = _cut(sound, seconds)
+        if not isinstance(reference, Reference):
+            reference = self.prepare(reference)
+        session = self.session(reference, **options)  # type: ignore[arg-type]
+        session.push_audio(normalise_loudness(sound.samples, SAMPLE_RATE))
+        session.end_audio()
+        total, done = session.total_frames, 0
+        size = (self.config.height * self.config.output_scale, self.config.width * self.config.output_scale)
+        with VideoWriter(output, size, FPS, audio=(sound.original, sound.original_rate)) as writer:
+            progress(0, total)
+            for frames in session.frames():
+                writer.write(frames)
+                done += len(frames)
+                progress(done, total)
+        return output
+
+
+class Session:
+    """One stream: sound goes in, frames come out. Holds the chunk state and the decoder's, and nothing else grows."""
+
+    def __init__(
+        self, engine: AvatarEngine, reference: Reference, scene: Scene, prompt: str, seed: int,
+        sampling: SamplingConfig, use_cache: bool,
+    ) -> None:
+        self.engine, self.reference, self.scene = engine, reference, scene
+        cfg = engine.config
+        with torch.inference_mode():
+            self.empty_text = engine.embed_text()
+            self.text = engine.embed_text(prompt) if prompt else self.empty_text
+        self.schedule = make_schedule(sampling, cfg.chunk, seed, has_text=bool(prompt))
+        self.use_cache = use_cache
+        self._samples = np.zeros(0, np.float32)
+        self._ended = False
+        self._cancelled = threading.Event()
+
+    def push_audio(self, samples: np.ndarray) -> None:
+        """Appends speech: fp32 [S], 16 kHz mono, at about -16 LUFS."""
+        if self._ended:
+            raise InputError("push_audio: the sound of this session has already ended")
+        if samples.ndim != 1 or not np.isfinite(samples).all():
+            raise InputError(f"push_audio: expected finite mono samples [S], got shape {list(samples.shape)}")
+        self._samples = np.concatenate([self._samples, samples.astype(np.float32)])
+
+    def end_audio(self) -> None:
+        """Says that no more sound comes: what is left is generated to its end."""
+        self._ended = True
+
+    def close(self) -> None:
+        """Stops generation within one step."""
+        self._cancelled.set()
+
+    @property
+    def total_frames(self) -> int:
+        """Frames that the sound pushed so far lasts, at 25 fps."""
+        return math.ceil(len(self._samples) / SAMPLES_PER_FRAME)
+
+    def _window(self, first: int, last: int) -> Tensor:
+        """Sound of frames first..last with the speech encoder's context, silence where there is none."""
+        left, right = self.engine.speech.context
+        low, high = first * SAMPLES_PER_FRAME - left, (last + 1) * SAMPLES_PER_FRAME + right
+        wave = np.zeros(high - low, np.float32)
+        part = self._samples[max(low, 0) : max(high, 0)]
+        wave[max(-low, 0) : max(-low, 0) + len(part)] = part
+        return torch.from_numpy(wave)[None].to(self.engine.device)
+
+    @torch.inference_mode()
+    def frames(self) -> Iterator[np.ndarray]:
+        """Yields frames uint8 [n, H, W, 3] chunk by chunk while the pushed sound lasts."""
+        engine, cfg, per = self.engine, self.engine.config, self.engine.config.dit.audio_per_latent
+        state, decoder, index, emitted = ChunkState(), None, 0, 0
+        while emitted < self.total_frames and not self._cancelled.is_set():
+            plan = self.schedule.plan(index)
+            first, last = max(per * (plan.start - 1) + 1, 0), per * (plan.start + plan.latents - 1)
+            needed = (last + 1) * SAMPLES_PER_FRAME + engine.speech.context[1]
+            if len(self._samples) < needed and not self._ended:
+                return
+            audio = engine.speech(self._window(first, last), has_context=True)
+            given = Conditions(self.scene, audio, self.text, self.empty_text)
+            result = denoise_chunk(
+                engine.dit, cfg, self.schedule, plan, state, self._reference, given, self._cancelled.is_set
+            )
+            if result is None:
+                return
+            chunk, state = result
+            pictures, decoder = decode_chunk(engine.vae, chunk, decoder, cfg.output_scale)
+            frames = pictures.frames[: self.total_frames - emitted].cpu().numpy()
+            emitted, index = emitted + len(frames), index + 1
+            yield frames
+
+    def _reference(self) -> ReferenceCache:
+        return self.reference.cache if self.use_cache else encode_reference(self.engine.dit, self.reference.context)
+
+
+def _fit(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Cuts the middle of a picture uint8 [H, W, 3] to the shape and resizes it."""
+    h, w = image.shape[:2]
+    if (h, w) == (height, width):
+        return image
+    scale = min(h / height, w / width)
+    ch, cw = max(round(height * scale), 1), max(round(width * scale), 1)
+    top, left = (h - ch) // 2, (w - cw) // 2
+    cut = np.ascontiguousarray(image[top : top + ch, left : left + cw])
+    return cv2.resize(cut, (width, height), interpolation=cv2.INTER_AREA if scale > 1 else cv2.INTER_CUBIC)
+
+
+def _cut(speech: Speech, seconds: float) -> Speech:
+    if not seconds > 0:
+        raise InputError(f"seconds: expected more than 0, got {seconds}")
+    return dataclasses.replace(
+        speech,
+        samples=speech.samples[: round(seconds * SAMPLE_RATE)],
+        original=speech.original[: round(seconds * speech.original_rate)],
+    )

@@ -1,0 +1,103 @@
+"""Stage 3: noise -> latents of one chunk, by a few Euler steps that read the reference's K/V."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from avatar_rt import ops
+from avatar_rt.config import AvatarConfig
+from avatar_rt.models.dit import VideoRefDiT, with_masks
+from avatar_rt.pipeline.reference import ReferenceCache
+from avatar_rt.pipeline.schedule import ChunkPlan, Schedule
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Scene image as a latent: [1, 16, 1, h, w], and its kept mask [1, 1, 1, h, w] (0 where the head was blanked)."""
+
+    latent: Tensor
+    kept: Tensor
+
+
+@dataclass(frozen=True)
+class ChunkState:
+    """All that a chunk hands to the next: the anchor, the last latents and their motion. None before the first."""
+
+    anchor: Tensor | None = None
+    latents: Tensor | None = None
+    motion: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LatentChunk:
+    """New latents of a chunk: [1, 16, t, h, w] (normalised), their motion [1, t, M] or None, absolute start."""
+
+    latents: Tensor
+    motion: Tensor | None
+    start: int
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a chunk is generated from, besides the reference.
+
+    Attributes:
+        audio: [1, 4T or 4T-3, A] speech features of the chunk's frames.
+        text, empty_text: [1, S, D] the prompt and the empty caption.
+    """
+
+    scene: Scene
+    audio: Tensor
+    text: Tensor
+    empty_text: Tensor
+
+
+def denoise_chunk(
+    dit: VideoRefDiT, cfg: AvatarConfig, schedule: Schedule, plan: ChunkPlan, state: ChunkState,
+    reference: Callable[[], ReferenceCache], given: Conditions, cancelled: Callable[[], bool] = lambda: False,
+) -> tuple[LatentChunk, ChunkState] | None:
+    """Generates one chunk; None when ``cancelled`` (asked before each step) answers True.
+
+    ``reference`` gives the reference's K/V and is called once per pass that sees the reference.
+    """
+    h, w = cfg.latent_size
+    n, device, d = plan.overlap, given.audio.device, cfg.dit
+    z = schedule.noise(plan, 0, (d.latent_channels, h, w)).to(device).transpose(0, 1)[None]
+    motion = schedule.noise(plan, 1, (d.motion_dim,)).to(device)[None] if d.motion_dim else None
+    if n:
+        z = torch.cat([state.latents, z[:, :, n:]], dim=2)
+        motion = None if motion is None else torch.cat([state.motion, motion[:, n:]], dim=1)
+    carried = torch.zeros(1, 1, plan.latents, 1, 1, device=device)
+    carried[:, :, :n] = 1
+    scene = given.scene
+    anchor = with_masks(scene.latent, d, scene.kept, 0) if state.anchor is None else with_masks(state.anchor, d, 1, 0)
+    for t, t_next in zip(schedule.times, schedule.times[1:], strict=False):
+        if cancelled():
+            return None
+        t_frames = torch.full((1, plan.latents), t, device=device)
+        t_frames[:, :n] = 0
+        latents = with_masks(z, d, 0, carried)
+        v, vm = torch.zeros_like(z), None if motion is None else torch.zeros_like(motion)
+        for p in schedule.passes:
+            ref = reference() if p.reference else None
+            dv, dm = dit(
+                latents, t_frames, given.text if p.text else given.empty_text, given.audio if p.audio else None,
+                anchor=anchor, anchor_t=torch.zeros(1, device=device), motion=motion,
+                ref_k=None if ref is None else ref.k, ref_v=None if ref is None else ref.v,
+            )  # fmt: skip
+            v = v + p.weight * dv
+            vm = None if vm is None else vm + p.weight * dm
+        z = torch.cat([z[:, :, :n], ops.flow_step(z[:, :, n:], v[:, :, n:], t, t_next)], dim=2)
+        if motion is not None:
+            motion = torch.cat([motion[:, :n], ops.flow_step(motion[:, n:], vm[:, n:], t, t_next)], dim=1)
+    keep = cfg.chunk.overlap
+    chunk = LatentChunk(z[:, :, n:], None if motion is None else motion[:, n:], plan.start + n)
+    return chunk, ChunkState(
+        anchor=z[:, :, :1] if state.anchor is None else state.anchor,
+        latents=z[:, :, z.shape[2] - keep :],
+        motion=None if motion is None else motion[:, motion.shape[1] - keep :],
+    )

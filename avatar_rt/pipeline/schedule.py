@@ -1,0 +1,83 @@
+"""Stage 2: what to compute when: times of the solver, guidance passes, chunks of the timeline, noise of each latent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from avatar_rt.config import ChunkConfig, SamplingConfig
+from avatar_rt.errors import InputError
+
+
+def flow_times(steps: int, shift: float) -> list[float]:
+    """``steps + 1`` times from 1 (noise) to 0 (data), shifted by t' = s t / (1 + (s - 1) t) (arXiv 2403.03206)."""
+    if steps < 1:
+        raise InputError(f"steps: expected at least 1, got {steps}")
+    return [shift * t / (1 + (shift - 1) * t) for t in (1 - i / steps for i in range(steps + 1))]
+
+
+@dataclass(frozen=True)
+class GuidancePass:
+    """One pass of a step and its weight in the sum; which conditions it sees."""
+
+    weight: float
+    reference: bool
+    audio: bool
+    text: bool
+
+
+def guidance_passes(sampling: SamplingConfig, has_text: bool) -> tuple[GuidancePass, ...]:
+    """Nested guidance, reference then audio then text:
+
+    v = v0 + w_r (v_r - v0) + w_a (v_ra - v_r) + w_t (v_rat - v_ra), collected by pass; passes of weight 0 are not run.
+    """
+    r, a = sampling.reference_scale, sampling.audio_scale
+    t = sampling.text_scale if has_text else a
+    passes = (
+        GuidancePass(1 - r, False, False, False),
+        GuidancePass(r - a, True, False, False),
+        GuidancePass(a - t, True, True, False),
+        GuidancePass(t, True, True, has_text),
+    )
+    return tuple(p for p in passes if p.weight != 0)
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """One chunk: absolute index of its first latent, how many latents it has, how many of them are carried over."""
+
+    index: int
+    start: int
+    overlap: int
+    latents: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a request computes when: solver times, guidance passes, chunks, and the noise of every latent."""
+
+    times: tuple[float, ...]
+    passes: tuple[GuidancePass, ...]
+    chunk: ChunkConfig
+    seed: int
+
+    def plan(self, index: int) -> ChunkPlan:
+        """The ``index``-th chunk of an endless timeline; every chunk has the same length."""
+        c = self.chunk
+        return ChunkPlan(index, index * (c.latents - c.overlap), c.overlap if index else 0, c.latents)
+
+    def noise(self, plan: ChunkPlan, stream: int, shape: tuple[int, ...]) -> Tensor:
+        """Normal noise [T, *shape] fp32; a latent's depends on (seed, stream, absolute index), never on the cut."""
+        rows = []
+        for index in range(plan.start, plan.start + plan.latents):
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + index * 2 + stream) % (2**63 - 1))
+            rows.append(torch.randn(shape, generator=generator))
+        return torch.stack(rows)
+
+
+def make_schedule(sampling: SamplingConfig, chunk: ChunkConfig, seed: int, *, has_text: bool) -> Schedule:
+    """Raises InputError on an impossible number of steps."""
+    times = flow_times(sampling.steps, sampling.shift)
+    return Schedule(tuple(times), guidance_passes(sampling, has_text), chunk, seed)

@@ -1,0 +1,106 @@
+"""Turns a corpus into what the transformer trains on, once: ``python -m training.data.latents --corpus DIR --weights DIR``.
+
+Writes ``latents.safetensors`` and ``captions.json`` into the corpus folder. Everything fits in memory: about 100 kB a clip.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from avatar_rt.config import AvatarConfig, preset
+from avatar_rt.media.audio import normalise_loudness
+from avatar_rt.models.speech import SpeechEncoder
+from avatar_rt.models.vae import VideoVAE
+from avatar_rt.models.weights import load_weights
+from avatar_rt.scene.image import blank_head, latent_mask
+from training.data.corpus import Corpus
+
+SCENES_PER_CLIP = 3  # the empty place, and two frames with the head blanked
+
+
+def to_video(frames: np.ndarray) -> Tensor:
+    """uint8 [F, H, W, 3] -> fp32 [1, 3, F, H, W] in -1..1."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+
+
+def scene_latents(vae: VideoVAE, images: list[np.ndarray], boxes: list[np.ndarray | None]) -> tuple[Tensor, Tensor]:
+    """Latents [n, 16, h, w] and kept masks bool [n, h, w] of scene images."""
+    blanked, masks = [], []
+    for image, box in zip(images, boxes, strict=True):
+        picture, kept = blank_head(image, box)
+        blanked.append(to_video(picture[None]))
+        masks.append(kept)
+    z = vae.normalize(vae.encode(torch.cat(blanked))[0])[:, :, 0]
+    h, w = z.shape[-2:]
+    return z, torch.from_numpy(np.stack([latent_mask(m, h, w) for m in masks]))
+
+
+@torch.inference_mode()
+def encode_clip(corpus: Corpus, i: int, vae: VideoVAE, speech: SpeechEncoder, num_frames: int) -> dict[str, Tensor]:
+    frames = corpus.frames(i, 0, num_frames)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = vae.encode(to_video(frames))[0].float()
+    rng = np.random.default_rng(i)
+    picks = rng.choice(num_frames, SCENES_PER_CLIP - 1, replace=False)
+    boxes = corpus.facebox(i, 0, num_frames)
+    scenes, masks = scene_latents(
+        vae, [corpus.background(i), *(frames[p] for p in picks)], [None, *(boxes[p] for p in picks)]
+    )
+    wave = normalise_loudness(corpus.audio(i, 0, num_frames).astype(np.float32) / 32768, 16_000)
+    return {
+        "latents": vae.normalize(z)[0].transpose(0, 1).half(),
+        "scenes": scenes.half(),
+        "scene_masks": masks,
+        "speech": speech(torch.from_numpy(wave)[None].float())[0].half(),
+        "motion": torch.from_numpy(np.array(corpus.motion(i, 0, num_frames), np.float32)),
+        "mouth": torch.from_numpy(np.array(corpus.mouth(i, 0, num_frames), np.float32)),
+        "facebox": torch.from_numpy(np.array(boxes, np.float32)),
+    }
+
+
+def build(corpus_path: Path, weights: Path, cfg: AvatarConfig, num_frames: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    corpus = Corpus(corpus_path, split="all")
+    vae, speech = VideoVAE(cfg.vae), SpeechEncoder(cfg.speech)
+    load_weights(vae, weights / "vae.safetensors", dtype=torch.float32)
+    load_weights(speech, weights / "speech.safetensors", dtype=torch.float32)
+    vae.eval()
+    speech.eval()
+    rows, started = [], time.monotonic()
+    for i in range(len(corpus)):
+        rows.append(encode_clip(corpus, i, vae, speech, num_frames))
+        if (i + 1) % 100 == 0:
+            rate = (i + 1) / (time.monotonic() - started)
+            print(f"clip {i + 1}/{len(corpus)} | {rate:.1f} clip/s, {(len(corpus) - i) / rate / 60:.1f} min left", flush=True)
+    table = {key: torch.stack([r[key] for r in rows]).contiguous() for key in rows[0]}
+    table["identity"] = torch.tensor([int(v) for v in corpus.identity[: len(corpus)]])
+    temporary = corpus_path / "latents.tmp"
+    save_file(table, temporary)
+    os.replace(temporary, corpus_path / "latents.safetensors")
+    captions = [corpus.meta[i].get("caption", "") for i in range(len(corpus))]
+    (corpus_path / "captions.json").write_text(json.dumps(captions))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.data.latents", description=__doc__.splitlines()[0])
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, required=True, help="folder with vae, speech .safetensors and config.json")
+    parser.add_argument("--frames", type=int, default=77)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    config = args.weights / "config.json"
+    cfg = AvatarConfig.from_json(config.read_text()) if config.exists() else preset("tiny")
+    build(args.corpus, args.weights, cfg, args.frames, args.threads)
+
+
+if __name__ == "__main__":
+    main()
