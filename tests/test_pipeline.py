@@ -1,0 +1,94 @@
+"""The stages' arithmetic: times, guidance, chunks, noise; and a chunk that does not depend on where a run was cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from avatar_rt import ops
+from avatar_rt.config import ChunkConfig, SamplingConfig
+from avatar_rt.errors import InputError
+from avatar_rt.pipeline.schedule import flow_times, guidance_passes, make_schedule
+from avatar_rt.scene.image import blank_head, latent_mask
+
+
+def _shift(t: float, s: float) -> float:
+    return s * t / (1 + (s - 1) * t)
+
+
+def test_times_run_from_noise_to_data() -> None:
+    times = flow_times(7, 3.0)
+    assert times[0] == 1.0 and times[-1] == 0.0 and len(times) == 8
+    assert all(a > b for a, b in zip(times, times[1:], strict=False))
+    assert flow_times(4, 1.0) == [1.0, 0.75, 0.5, 0.25, 0.0]
+    with pytest.raises(InputError, match="steps: expected at least 1, got 0"):
+        flow_times(0, 3.0)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.2, 0.7, 1.0])
+def test_shift_is_a_group(t: float) -> None:
+    assert _shift(_shift(t, 2.0), 3.0) == pytest.approx(_shift(t, 6.0), abs=1e-12)
+    assert _shift(t, 1.0) == t
+
+
+def test_euler_on_gaussian_data_reaches_its_distribution() -> None:
+    """Data N(m, s^2) has the velocity in closed form; the solver's end has the data's mean and deviation."""
+    mean, std = 1.5, 0.5
+    z = torch.randn(200_000, dtype=torch.float64)
+    times = flow_times(64, 3.0)
+    for t, t_next in zip(times, times[1:], strict=False):
+        var = ((1 - t) * std) ** 2 + t**2
+        x = mean + (1 - t) * std**2 / var * (z - (1 - t) * mean)
+        eps = t / var * (z - (1 - t) * mean)
+        z = ops.flow_step(z, eps - x, t, t_next)
+    assert float(z.mean()) == pytest.approx(mean, abs=0.01)
+    assert float(z.std()) == pytest.approx(std, abs=0.02)
+
+
+def _scales(r: float, a: float, t: float) -> SamplingConfig:
+    return SamplingConfig(reference_scale=r, audio_scale=a, text_scale=t)
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0, 1.0), (1.5, 2.0, 3.0), (0.5, 1.0, 4.0)])
+def test_guidance_is_nested(scales: tuple[float, float, float]) -> None:
+    """The collected passes equal v0 + r (vr - v0) + a (vra - vr) + t (vrat - vra)."""
+    v = {(False, False, False): 0.3, (True, False, False): -1.0, (True, True, False): 2.0, (True, True, True): 0.7}
+    v0, vr, vra, vrat = v.values()
+    r, a, t = scales
+    passes = guidance_passes(_scales(*scales), has_text=True)
+    total = sum(p.weight * v[p.reference, p.audio, p.text] for p in passes)
+    assert total == pytest.approx(v0 + r * (vr - v0) + a * (vra - vr) + t * (vrat - vra))
+
+
+def test_guidance_of_one_is_the_conditioned_pass() -> None:
+    (only,) = guidance_passes(_scales(1.0, 1.0, 1.0), has_text=True)
+    assert (only.weight, only.reference, only.audio, only.text) == (1.0, True, True, True)
+    assert [p.text for p in guidance_passes(_scales(2.0, 2.0, 5.0), has_text=False)] == [False, False]
+
+
+def test_chunks_overlap_and_never_end() -> None:
+    schedule = make_schedule(SamplingConfig(steps=2), ChunkConfig(latents=8, overlap=2), 0, has_text=False)
+    plans = [schedule.plan(i) for i in range(4)]
+    assert [(p.start, p.overlap, p.latents) for p in plans] == [(0, 0, 8), (6, 2, 8), (12, 2, 8), (18, 2, 8)]
+
+
+def test_noise_belongs_to_the_absolute_latent() -> None:
+    schedule = make_schedule(SamplingConfig(steps=2), ChunkConfig(latents=8, overlap=2), 5, has_text=False)
+    first, second = (schedule.noise(schedule.plan(i), 0, (4, 2, 2)) for i in (0, 1))
+    assert torch.equal(first[6:], second[:2])
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first, schedule.noise(schedule.plan(0), 1, (4, 2, 2)))
+    other = make_schedule(SamplingConfig(steps=2), ChunkConfig(latents=8, overlap=2), 6, has_text=False)
+    assert not torch.equal(first, other.noise(other.plan(0), 0, (4, 2, 2)))
+
+
+def test_blanked_head_leaves_the_place() -> None:
+    import numpy as np
+
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    out, kept = blank_head(image)
+    assert (out[~kept] == 127).all() and (out[kept] == image[kept]).all()
+    assert 0.3 < kept.mean() < 0.8 and not kept[32, 32]
+    mask = latent_mask(kept, 8, 8)
+    assert mask.shape == (8, 8) and not mask[4, 4] and mask[7, 0]
+    assert kept.reshape(8, 8, 8, 8).all((1, 3))[mask].all()
