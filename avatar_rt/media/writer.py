@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import tempfile
@@ -64,8 +65,8 @@ class VideoWriter:
         self,
         path: str | os.PathLike[str],
         size: tuple[int, int],
-        *,
         fps: float | Fraction = FPS,
+        *,
         audio: tuple[np.ndarray, int] | None = None,
     ) -> None:
         self.path = check_output(path)
@@ -169,10 +170,8 @@ class VideoWriter:
     def _discard(self) -> None:
         """Close what is open and remove the temporary file, if it is still there."""
         if self._container is not None:
-            try:
+            with contextlib.suppress(av.error.FFmpegError):  # the file goes anyway; the first error is the one to show
                 self._container.close()
-            except av.error.FFmpegError:
-                pass  # the file goes anyway, and the first error is the one to show
             self._container = None
         self._part.unlink(missing_ok=True)
 
