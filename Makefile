@@ -39,6 +39,8 @@ setup: .venv/native
 .venv/native: .venv/packages $(NATIVE)
 	@command -v $${CXX:-c++} >/dev/null \
 		|| { echo "avatar_rt needs a C++17 compiler (Debian: apt-get install g++)"; exit 1; }
+	@test -f "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" \
+		|| { echo "avatar_rt needs Python's C headers (Debian: apt-get install python3-dev)"; exit 1; }
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation --editable '.[test]'
 	@touch $@
 
@@ -60,7 +62,7 @@ format: .venv/tools
 # The CUDA parts are built wherever nvcc is found; this target says so when it is not.
 cuda:
 	@command -v nvcc >/dev/null || { echo "avatar_rt's CUDA parts need nvcc (CUDA toolkit 12.4 or newer) on the PATH"; exit 1; }
-	@rm -f .venv/native
+	@rm -rf .venv/native build
 	$(MAKE) setup
 
 clean:
