@@ -45,7 +45,7 @@ def test_euler_on_gaussian_data_converges_to_its_distribution() -> None:
     """First order: four times the steps, a quarter of the error."""
     coarse, fine = (_solved(steps, 1.5, 0.5) for steps in (32, 128))
     assert fine[0] == pytest.approx(1.5, abs=0.01)
-    assert abs(fine[1] - 0.5) < 0.01
+    assert abs(fine[1] - 0.5) < 0.015
     assert abs(fine[1] - 0.5) < 0.3 * abs(coarse[1] - 0.5)
 
 
