@@ -54,21 +54,32 @@ def damage_speech(wave: Tensor, generator: torch.Generator) -> Tensor:
     wave = level_speech(torch.fft.irfft(spectrum, n=size)[:, :s])
     noise_db = torch.where(some(b, 0.7, generator)[:, None], uniform((b, 1), -45, -24, generator), -90.0)
     babble_db = torch.where(some(b, 0.2, generator)[:, None], uniform((b, 1), -26, -14, generator), -90.0)
+    wave = wave * _drop_outs(b, s, generator)
     wave = wave + 10 ** (noise_db / 20) * _coloured_noise(b, s, generator)
     wave = wave + 10 ** (babble_db / 20) * clean.roll(1, 0).flip(-1)  # backwards speech says nothing
     return wave * 10 ** (uniform((b, 1), -6, 5, generator) / 20)
 
 
 def _random_filters(b: int, size: int, generator: torch.Generator) -> Tensor:
-    """Smooth gain curves over frequency, about +-12 dB, a third of them cut like a telephone: [b, size // 2 + 1]."""
+    """Smooth gains within 12 dB, some cut like a telephone, some with two bands missing: [b, size // 2 + 1]."""
     bins = size // 2 + 1
     knots = uniform((b, 1, 9), -12, 12, generator) * uniform((b, 1, 1), 0, 1, generator)
     gain_db = F.interpolate(knots, size=bins, mode="linear", align_corners=True)[:, 0]
     hertz = torch.linspace(0, SAMPLE_RATE / 2, bins)[None]
     low = torch.where(some(b, 0.3, generator), uniform((b,), 50, 350, generator), 0.0)[:, None]
     high = torch.where(some(b, 0.3, generator), uniform((b,), 3000, 7500, generator), 1e5)[:, None]
+    notch = uniform((b, 2, 1), 0, SAMPLE_RATE / 2, generator)  # so that no narrow band alone decides
+    missed = (hertz[:, None] - notch).abs() < uniform((b, 2, 1), 0, 450, generator)
+    gain_db = gain_db - 40 * (missed.any(1) & some(b, 0.5, generator)[:, None])
     gain_db = gain_db - 12 * (low / hertz.clamp(min=1)).log2().clamp(0, 4) - 12 * (hertz / high).log2().clamp(0, 4)
     return 10 ** (gain_db / 20)
+
+
+def _drop_outs(b: int, s: int, generator: torch.Generator) -> Tensor:
+    """Gain that goes to zero for two spans of up to 80 ms in half of the rows: [b, s]."""
+    middle = uniform((b, 2, 1), 0, s, generator)
+    half = uniform((b, 2, 1), 0, 0.04 * SAMPLE_RATE, generator) * some(b, 0.5, generator).view(b, 1, 1)
+    return 1.0 - ((torch.arange(s) - middle).abs() < half).any(1).float()
 
 
 def _random_rooms(b: int, size: int, generator: torch.Generator) -> Tensor:
