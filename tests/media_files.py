@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared" / "data" / "clips"
@@ -98,3 +99,34 @@ def delay(a: np.ndarray, b: np.ndarray, reach: int = 400) -> int:
     middle = a[reach : n - reach]
     scores = [float(middle @ b[reach + d : n - reach + d]) for d in range(-reach, reach + 1)]
     return int(np.argmax(scores)) - reach
+
+
+def draw_face(
+    picture: np.ndarray, x: float, y: float, height: float, skin: tuple[int, int, int] = (214, 170, 140)
+) -> None:
+    """Draw a head that a face detector takes for one: hairline to chin ``height`` pixels around (x, y), in place."""
+    shades = {k: tuple(min(255, round(v * k)) for v in skin) for k in (0.55, 0.75, 0.8, 0.85, 1.0, 1.08)}
+    hair, white, iris, lips = (50, 35, 25), (245, 245, 245), (60, 40, 30), (180, 80, 80)
+    parts = [(0, -0.12, 0.47, 0.55, hair), (0, 0.55, 0.18, 0.3, shades[0.8]), (0, 1.0, 0.8, 0.4, (60, 70, 110))]
+    parts += [(0, 0, 0.38, 0.5, shades[1.0]), (0, -0.42, 0.36, 0.16, hair)]
+    for d in (-1, 1):
+        parts += [(d * 0.16, -0.1, 0.095, 0.05, shades[0.75]), (d * 0.16, -0.095, 0.075, 0.035, white)]
+        parts += [(d * 0.16, -0.095, 0.034, 0.034, iris), (d * 0.16, -0.2, 0.1, 0.02, iris)]
+        parts += [(d * 0.05, 0.115, 0.02, 0.012, shades[0.55]), (d * 0.38, -0.02, 0.05, 0.1, shades[0.85])]
+    parts += [(0, 0.02, 0.035, 0.12, shades[1.08]), (0, 0.12, 0.07, 0.03, shades[0.85])]
+    parts += [(0, 0.26, 0.13, 0.035, lips), (0, 0.26, 0.1, 0.01, hair), (0, 0.33, 0.08, 0.015, shades[0.85])]
+    for px, py, a, b, colour in parts:
+        centre = (round((x + px * height) * 16), round((y + py * height) * 16))  # OpenCV takes sixteenths of a pixel
+        axes = (max(8, round(a * height * 16)), max(8, round(b * height * 16)))
+        cv2.ellipse(picture, centre, axes, 0, 0, 360, colour, -1, cv2.LINE_AA, 4)
+
+
+def face_video(num_frames: int, faces, height: int = 180, width: int = 240) -> np.ndarray:
+    """uint8 [F, H, W, 3]; ``faces(i)`` gives the (x, y, height) of each head in frame i."""
+    rng = np.random.default_rng(0)
+    ground = cv2.resize(rng.integers(60, 180, (6, 8, 3), np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
+    frames = np.repeat(ground[None], num_frames, 0)
+    for i, frame in enumerate(frames):
+        for face in faces(i):
+            draw_face(frame, *face)
+    return frames

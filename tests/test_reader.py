@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from media_files import CLIPS, clicks, delay, numbered, quadrants, write_video
 
+from avatar_rt.media.audio import read_audio
 from avatar_rt.media.reader import iter_frames, read_image, read_video
 from avatar_rt.media.writer import VideoWriter
 
@@ -137,6 +138,28 @@ def test_short_or_late_sound_is_filled_up(tmp_path):
     assert got.shape == (32_000,)
     assert not got[:7_900].any() and not got[24_100:].any()
     assert abs(delay(np.pad(tone, (8_000, 8_000)), got)) <= 1
+
+
+@pytest.mark.parametrize("extension", [".mp4", ".mkv"])
+@pytest.mark.parametrize(("pictures", "seconds"), [(100, 0.5), (15, 4.0)])
+def test_unequal_lengths_of_picture_and_sound_are_no_damage(tmp_path, extension, pictures, seconds):
+    path = tmp_path / f"v{extension}"
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=25)
+        video.height, video.width, video.pix_fmt = 48, 64, "yuv420p"
+        audio = container.add_stream("aac", rate=16_000, layout="mono")
+        for rgb in numbered(pictures):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")))
+        tone = clicks(seconds, 16_000)[:, 0]
+        for start in range(0, len(tone), 1024):
+            frame = av.AudioFrame.from_ndarray(tone[None, start : start + 1024], format="fltp", layout="mono")
+            frame.sample_rate, frame.pts, frame.time_base = 16_000, start, Fraction(1, 16_000)
+            container.mux(audio.encode(frame))
+        container.mux(video.encode())
+        container.mux(audio.encode())
+    clip = read_video(path)
+    assert len(clip.frames) == pictures and len(clip.audio) == pictures * 640
+    assert abs(read_audio(path).seconds - seconds) < 0.08
 
 
 def test_read_image(tmp_path):

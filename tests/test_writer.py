@@ -114,5 +114,5 @@ def test_contact_sheet(tmp_path):
     assert sheet.shape == (2 * 52 - 4, 5 * 68 - 4, 3)
     assert sheet[0, 0, 0] == 0 and sheet[-1, -1, 0] == 49 * 3
     assert cv2.imread(str(contact_sheet(numbered(2), 6, tmp_path / "t.png"))).shape == (48, 132, 3)
-    with pytest.raises(InputError, match=".png"):
+    with pytest.raises(InputError, match=r"\.png"):
         contact_sheet(numbered(2), 6, tmp_path / "t.jpg")

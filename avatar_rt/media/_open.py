@@ -47,7 +47,8 @@ def open_media(path: str | os.PathLike[str], expected: str) -> Iterator[InputCon
         with av.open(f"file:{file}", container_options={"format_whitelist": _FORMATS}) as container:
             yield container
     except av.error.FFmpegError as e:
-        reason = getattr(e, "strerror", None) or str(e)
+        unknown = isinstance(e, (av.error.InvalidDataError, av.error.ArgumentError, av.error.EOFError))
+        reason = "an unknown format, or damaged" if unknown else e.strerror
         raise InputError(f"{file}: expected {expected}, got a file that cannot be read as one ({reason})") from None
 
 
@@ -69,13 +70,22 @@ def decode(container: InputContainer, stream: Stream, path: str | os.PathLike[st
         raise InputError(f"{path}: the file is damaged: {damaged} of its {packets} {stream.type} packets do not decode")
 
 
-def check_complete(container: InputContainer, end: float, path: str | os.PathLike[str]) -> None:
+def check_complete(container: InputContainer, stream: Stream, end: float, path: str | os.PathLike[str]) -> None:
     """Refuse a file that breaks off: ``end`` is the time in seconds that decoding reached, the header says the rest."""
-    trusted = any(name in container.format.name for name in ("mov", "matroska", "avi", "wav"))
-    if not trusted or not container.duration or container.duration < 0:  # elsewhere the length is only an estimate
-        return
-    length = container.duration / av.time_base
-    if end < 0.9 * length - 0.5:
+    length = _stated_seconds(container, stream)
+    if length is not None and end < 0.9 * length - 0.5:
         raise InputError(
             f"{path}: the file breaks off: it holds {end:.1f} s of the {length:.1f} s that its header states"
         )
+
+
+def _stated_seconds(container: InputContainer, stream: Stream) -> float | None:
+    """A stream's length by the file's own header; None where there is none or FFmpeg only estimates it."""
+    if not any(name in container.format.name for name in ("mov", "matroska", "avi")):
+        return None
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    match stream.metadata.get("DURATION", "").split(":"):  # Matroska's tag, hours:minutes:seconds
+        case [hours, minutes, seconds]:
+            return 3600 * float(hours) + 60 * float(minutes) + float(seconds)
+    return None

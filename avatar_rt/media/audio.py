@@ -62,8 +62,8 @@ def read_audio(
     """
     with open_media(path, "a sound file") as container:
         original, rate, start = decode_audio(container, path, max_seconds=max_seconds)
-        if max_seconds is None:
-            check_complete(container, start + len(original) / rate, path)
+        if max_seconds is None or len(original) < int(max_seconds * rate):
+            check_complete(container, container.streams.audio[0], start + len(original) / rate, path)
     if not len(original):
         raise InputError(f"{path}: expected a sound file, got one whose sound has no samples")
     seconds = len(original) / rate

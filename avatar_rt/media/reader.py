@@ -158,7 +158,7 @@ def _at_rate(container, stream, path, fps: float) -> Iterator[av.VideoFrame]:
     if held is None:
         raise InputError(f"{path}: expected a video, got one with no frames")
     end = held[0] + min(held[1], _MAX_HOLD)
-    check_complete(container, end, path)
+    check_complete(container, stream, end, path)
     total = max(1, round((end - start) * fps))
     for _ in range(count, total):
         yield held[2]
