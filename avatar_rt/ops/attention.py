@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from avatar_rt.errors import InputError
-from avatar_rt.ops import _check, _dispatch
+from avatar_rt.ops import _check, _dispatch, _load
 from avatar_rt.ops._attention_backward import Segments, backward, band, segments_of, setup_context, wide
 from avatar_rt.ops._dispatch import Implementation
+
+_MAX_HEAD_DIM = 256  # of the CPU kernel
 
 
 def sparse_reference_attention(
@@ -179,12 +181,58 @@ def _local_cost(
 # --- implementations -------------------------------------------------------------------------------------------------
 
 
+def _refuses_cpu(q: Tensor, *rest) -> str | None:
+    if q.device.type != "cpu":
+        return f"q is on {q.device}"
+    if q.dtype not in (torch.float32, torch.bfloat16):
+        return f"dtype {str(q.dtype).removeprefix('torch.')} is neither float32 nor bfloat16"
+    if q.shape[-1] > _MAX_HEAD_DIM:
+        return f"D={q.shape[-1]} is above {_MAX_HEAD_DIM}"
+    return _load.native()[1] or None
+
+
 def _refuses_reference(*args) -> str | None:
     return None
 
 
-_dispatch.register("sparse_reference_attention", Implementation("reference", _refuses_reference, _sparse_ref))
-_dispatch.register("local_temporal_attention", Implementation("reference", _refuses_reference, _local_ref))
+def run_native(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    ref_k: Tensor | None,
+    ref_v: Tensor | None,
+    num_frames: int,
+    radius: int,
+    scale: float,
+    isa: str | None = None,
+    num_threads: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The C++ kernel; ``isa`` and ``num_threads`` (default: the best, torch's) are for tests and benchmarks."""
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    module, _ = _load.native()
+    tensors = [_load.arg(x) for x in (q, k, v, ref_k, ref_v)]
+    threads = num_threads or torch.get_num_threads()
+    module.attention(*tensors, out.data_ptr(), lse.data_ptr(), scale, num_frames, radius, threads, isa)
+    return out, lse
+
+
+def _sparse_cpu(
+    q: Tensor, k: Tensor | None, v: Tensor | None, ref_k: Tensor | None, ref_v: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    return run_native(q, k, v, ref_k, ref_v, 1, 0, scale)
+
+
+_dispatch.register(
+    "sparse_reference_attention",
+    Implementation("cpu", _refuses_cpu, _sparse_cpu),
+    Implementation("reference", _refuses_reference, _sparse_ref, by_choice=False),
+)
+_dispatch.register(
+    "local_temporal_attention",
+    Implementation("cpu", _refuses_cpu, run_native),
+    Implementation("reference", _refuses_reference, _local_ref, by_choice=False),
+)
 
 
 @torch.library.custom_op(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from avatar_rt.errors import InputError
-from avatar_rt.ops import _check, _dispatch
+from avatar_rt.ops import _check, _dispatch, _load
 from avatar_rt.ops._dispatch import Implementation
 
 
@@ -40,11 +40,39 @@ def _flow_step_cost(z: Tensor, velocity: Tensor, t: float, t_next: float) -> tup
     return 2 * z.numel(), z.numel() * (2 * z.element_size() + velocity.element_size())
 
 
+def _refuses_cuda(z: Tensor, velocity: Tensor, t: float, t_next: float) -> str | None:
+    if z.device.type != "cuda":
+        return f"z is on {z.device}"
+    if z.dtype not in (torch.float32, torch.bfloat16) or velocity.dtype != z.dtype:
+        return "z and velocity are not both float32 or both bfloat16"
+    if not (z.is_contiguous() and velocity.is_contiguous()):
+        return "z or velocity is not contiguous"
+    module, reason = _load.native()
+    if module is None:
+        return reason
+    return None if module.cuda else "avatar_rt._native was built without CUDA"
+
+
+def _flow_step_cuda(z: Tensor, velocity: Tensor, t: float, t_next: float) -> Tensor:
+    out = torch.empty_like(z)
+    stream = torch.cuda.current_stream(z.device).cuda_stream
+    dtype = str(z.dtype).removeprefix("torch.")
+    with torch.cuda.device(z.device):
+        _load.native()[0].flow_step_cuda(
+            z.data_ptr(), velocity.data_ptr(), out.data_ptr(), z.numel(), t_next - t, dtype, stream
+        )
+    return out
+
+
 def _refuses_reference(*args) -> str | None:
-    return None  # one fused torch kernel is the honest implementation on a CPU
+    return None  # one fused torch kernel is an honest implementation anywhere
 
 
-_dispatch.register("flow_step", Implementation("reference", _refuses_reference, _flow_step_ref))
+_dispatch.register(
+    "flow_step",
+    Implementation("cuda", _refuses_cuda, _flow_step_cuda),
+    Implementation("reference", _refuses_reference, _flow_step_ref),
+)
 
 
 @torch.library.custom_op(

@@ -1,0 +1,14 @@
+// A small thread pool. Threads sleep between calls, so that they never fight another library's pool for the cores.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace avatar_rt::cpu {
+
+// Call `body(task)` for every task in 0..num_tasks-1, on at most `num_threads` threads counting the caller's.
+// Who runs which task is unspecified, so a body must write only what belongs to its task. A call that finds the
+// pool busy with another caller's work runs in its own thread alone. Bodies must not throw.
+void parallel_for(int64_t num_tasks, int num_threads, const std::function<void(int64_t)>& body);
+
+}  // namespace avatar_rt::cpu
