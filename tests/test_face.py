@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from media_files import CLIPS, draw_face, face_video
+from media_files import CLIPS, clicks, draw_face, face_video
 
 from avatar_rt.errors import InputError
-from avatar_rt.media.face import CROP_SIDE, MIN_FRAMES, crop_face, detect_faces, track_face
-from avatar_rt.media.reader import iter_frames, read_video
+from avatar_rt.media.face import CROP_SIDE, MIN_FRAMES, crop_face, detect_faces, read_face, track_face
+from avatar_rt.media.reader import read_video
+from avatar_rt.media.writer import VideoWriter
 
 
 def middle(boxes: np.ndarray) -> np.ndarray:
@@ -139,9 +140,15 @@ def test_real_clips(path):
     assert np.abs(found[0, :2] / 128 - 0.5).max() < 0.1
 
 
-def test_tracking_reads_a_file_as_a_stream(tmp_path):
-    from media_files import write_video
-
-    path = write_video(tmp_path / "v.mp4", face_video(20, lambda i: [(120, 90, 80)]))
-    track = track_face(iter_frames(path), name=str(path))
-    assert crop_face(iter_frames(path), track, 64).shape == (20, 64, 64, 3)
+@pytest.mark.parametrize("scale", [1, 4])  # 240x180, and 960x720, which is looked at smaller than it is cut
+def test_read_face(tmp_path, scale):
+    frames = face_video(20, lambda i: [(120 * scale, 90 * scale, 80 * scale)], 180 * scale, 240 * scale)
+    with VideoWriter(tmp_path / "v.mp4", frames.shape[1:3], audio=(clicks(0.8, 16_000), 16_000)) as writer:
+        writer.write(frames)
+    clip = read_face(tmp_path / "v.mp4", 64)
+    expected = crop_face(frames, track_face(frames), 64)
+    assert clip.frames.shape == (20, 64, 64, 3) and clip.audio is not None and clip.audio.shape == (12_800,)
+    assert np.abs(clip.frames.astype(int) - expected).mean() < 4
+    assert len(read_face(tmp_path / "v.mp4", 64, max_seconds=0.6).frames) == 15
+    with pytest.raises(InputError, match="expected a video of at least"):
+        read_face(tmp_path / "v.mp4", 64, max_seconds=0.4)

@@ -83,7 +83,7 @@ def _stated_seconds(container: InputContainer, stream: Stream) -> float | None:
     """A stream's length by the file's own header; None where there is none or FFmpeg only estimates it."""
     if not any(name in container.format.name for name in ("mov", "matroska", "avi")):
         return None
-    if stream.duration:
+    if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
     match stream.metadata.get("DURATION", "").split(":"):  # Matroska's tag, hours:minutes:seconds
         case [hours, minutes, seconds]:

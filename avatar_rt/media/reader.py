@@ -89,7 +89,7 @@ def read_video_audio(path: str | os.PathLike[str], *, num_frames: int, fps: floa
         if not container.streams.audio:
             return None
         stream = _video_stream(container, path)
-        video_start = float((stream.start_time or 0) * stream.time_base)
+        video_start = float((stream.start_time or 0) * (stream.time_base or 0))
     with open_media(path, "a video") as container:
         samples, rate, start = decode_audio(container, path, max_seconds=num_frames / fps + 5.0)
     shift = round((video_start - start) * rate)
@@ -190,7 +190,8 @@ def _upright_rgb(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return rgb
-    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5]  # column = a x + c y, row = b x + d y, up to a shift
+    # Up to a shift, the picture's column is a x + c y and its row b x + d y.
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]  # type: ignore[call-overload]
     if abs(int(a)) < abs(int(b)):
         rgb, a, d = rgb.transpose(1, 0, 2), c, b
     return np.ascontiguousarray(rgb[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])

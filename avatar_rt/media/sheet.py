@@ -40,7 +40,7 @@ def contact_sheet(frames: np.ndarray, columns: int, path: str | os.PathLike[str]
         sheet[y : y + height, x : x + width] = frames[index]
     data = cv2.imencode(".png", sheet[..., ::-1])[1]
     try:
-        file.write_bytes(data)
+        file.write_bytes(data.tobytes())
     except OSError as e:
         raise InputError(f"{file}: the contact sheet cannot be written there ({e.strerror})") from None
     return file

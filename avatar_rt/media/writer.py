@@ -76,7 +76,10 @@ class VideoWriter:
             raise InputError(f"size: expected an even height and width, got {height}x{width}")
         self.fps = Fraction(fps).limit_denominator(1001)
         self.num_frames = 0
-        self._sound, self._rate = _prepare_sound(*audio) if audio is not None else (None, 0)
+        self._sound: np.ndarray | None = None  # [1 or 2, S]
+        self._rate = 0
+        if audio is not None:
+            self._sound, self._rate = _prepare_sound(*audio)
         self._sent = 0
         self._container: av.container.OutputContainer | None = None
 
@@ -148,6 +151,7 @@ class VideoWriter:
             self._sent += block.shape[1]
 
     def _mux(self, packets: list[av.Packet]) -> None:
+        assert self._container is not None, "write is for the inside of the with block"
         try:
             self._container.mux(packets)
         except av.error.FFmpegError as e:
@@ -160,6 +164,7 @@ class VideoWriter:
         self._mux(self._video.encode())
         if self._sound is not None:
             self._mux(self._audio.encode())
+        assert self._container is not None
         self._container.close()
         self._container = None
         umask = os.umask(0)
