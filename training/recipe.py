@@ -37,6 +37,7 @@ class Recipe:
         lr, warmup, weight_decay, betas: AdamW; the rate rises linearly over ``warmup`` steps, then falls as a cosine
             to ``lr * final_lr``.
         muon_lr: When above 0, two-dimensional weights of hidden layers train with Muon at this rate.
+        conv_muon_lr: When above 0, convolution weights train with Muon at this rate.
         ema: Decay of the averaged weights that are validated and exported; 0 is off.
         clip: Largest gradient norm.
         autocast: bf16 autocast around the step (fp32 master weights).
@@ -51,6 +52,7 @@ class Recipe:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
     muon_lr: float = 0.0
+    conv_muon_lr: float = 0.0
     ema: float = 0.999
     clip: float = 1.0
     autocast: bool = True

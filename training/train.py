@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from avatar_rt.errors import AvatarError, InputError
+from training.muon import ConvMuon
 from training.recipe import Method, Recipe
 
 
@@ -34,10 +35,11 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 
 def make_optimisers(module: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW for all, or Muon for the hidden matrices (those inside a block list) and AdamW for the rest."""
+    """AdamW for all, or Muon for the hidden matrices (those inside a block list) or convolutions, AdamW for the rest."""
     params = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     muon = [p for n, p in params if recipe.muon_lr and p.ndim == 2 and "blocks." in n]
-    chosen = {id(p) for p in muon}
+    convs = [p for _, p in params if recipe.conv_muon_lr and p.ndim > 2 and min(p.shape[:2]) > 1]
+    chosen = {id(p) for p in muon + convs}
     decay = [p for _, p in params if id(p) not in chosen and p.ndim >= 2]
     plain = [p for _, p in params if id(p) not in chosen and p.ndim < 2]
     groups = [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -45,6 +47,8 @@ def make_optimisers(module: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     if muon:
         optimisers.append(torch.optim.Muon(muon, lr=recipe.muon_lr, weight_decay=recipe.weight_decay,
                                            adjust_lr_fn="match_rms_adamw"))
+    if convs:
+        optimisers.append(ConvMuon(convs, recipe.conv_muon_lr, weight_decay=recipe.weight_decay))
     for optimiser in optimisers:
         for group in optimiser.param_groups:
             group["base_lr"] = group["lr"]

@@ -1,0 +1,23 @@
+"""Run of the tiny video VAE: ``--recipe vae``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from avatar_rt.config import preset
+from training.methods.vae import VAEMethod
+from training.recipe import Recipe
+
+
+def _build(corpus: Path) -> VAEMethod:
+    from training.data.corpus import Corpus
+
+    real = corpus / "real"  # optional windows of real video, see VAEMethod
+    train, val = Corpus(corpus, split="train"), Corpus(corpus, split="val")
+    return VAEMethod(preset("tiny").vae, train, val, real_frames=real if real.is_dir() else None)
+
+
+def vae() -> Recipe:
+    """Tiny VAE. The loop's autocast is off: the method chooses bf16 itself, losses stay fp32."""
+    return Recipe("vae", _build, steps=5000, lr=2e-3, warmup=150, final_lr=0.0, conv_muon_lr=4e-3,
+                  weight_decay=0.01, betas=(0.9, 0.98), ema=0.998, clip=0.5, autocast=False, checkpoint_every=250, validate_every=500)  # fmt: skip
