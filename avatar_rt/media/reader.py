@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import av
 import cv2
 import numpy as np
+from av.container import InputContainer
 from av.stream import Disposition
 from av.video.reformatter import Colorspace, Interpolation
 
@@ -17,6 +19,7 @@ from avatar_rt.errors import InputError
 from avatar_rt.media._open import check_complete, check_file, decode, open_media
 from avatar_rt.media.audio import decode_audio, to_mono
 
+_Path = str | os.PathLike[str]
 _MAX_HOLD = 60.0  # seconds one picture may stay on before its time stamp counts as nonsense
 _MAX_SIDE = 16_384
 _UNTAGGED = 2  # FFmpeg's number for a colour space that is not stated
@@ -40,7 +43,7 @@ class VideoClip:
 
 
 def read_video(
-    path: str | os.PathLike[str], *, fps: float = FPS, max_seconds: float | None = None, max_side: int | None = None
+    path: _Path, *, fps: float = FPS, max_seconds: float | None = None, max_side: int | None = None
 ) -> VideoClip:
     """Read a whole video. A minute of 640x480 is 1.4 GB here: use ``max_seconds``, ``max_side``, or ``iter_frames``.
 
@@ -52,7 +55,7 @@ def read_video(
 
 
 def iter_frames(
-    path: str | os.PathLike[str], *, fps: float = FPS, max_seconds: float | None = None, max_side: int | None = None
+    path: _Path, *, fps: float = FPS, max_seconds: float | None = None, max_side: int | None = None
 ) -> Iterator[np.ndarray]:
     """Stream a video's frames, uint8 [H, W, 3] RGB, one every 1 / ``fps`` s, in constant memory.
 
@@ -72,15 +75,15 @@ def iter_frames(
     with open_media(path, "a video") as container:
         stream = _video_stream(container, path)
         stream.thread_type = "AUTO"
-        shape = None
+        layout = None
         for count, frame in enumerate(_at_rate(container, stream, path, fps)):
             if limit is not None and count >= limit:
                 return
-            shape = shape or _target_size(stream, frame, max_side, path)
-            yield _upright_rgb(frame, shape)
+            layout = layout or _layout(stream, frame, max_side, path)
+            yield _upright_rgb(frame, layout)
 
 
-def read_video_audio(path: str | os.PathLike[str], *, num_frames: int, fps: float = FPS) -> np.ndarray | None:
+def read_video_audio(path: _Path, *, num_frames: int, fps: float = FPS) -> np.ndarray | None:
     """The sound under ``num_frames`` frames of a video: float32 [round(num_frames * 16000 / fps)] mono, or None.
 
     Sample 0 sounds when frame 0 shows; a sound that starts late or ends early is filled up with silence.
@@ -100,7 +103,7 @@ def read_video_audio(path: str | os.PathLike[str], *, num_frames: int, fps: floa
     return np.pad(mono, (0, round(num_frames * SAMPLE_RATE / fps) - len(mono)))
 
 
-def read_image(path: str | os.PathLike[str]) -> np.ndarray:
+def read_image(path: _Path) -> np.ndarray:
     """Read a picture, turned upright by its EXIF tag: uint8 [H, W, 3] RGB. Raises InputError when it cannot be read."""
     file = check_file(path, "a picture")
     level = cv2.utils.logging.getLogLevel()
@@ -116,13 +119,13 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     return np.ascontiguousarray(image[..., ::-1])
 
 
-def _refuse_picture(path: str | os.PathLike[str]) -> None:
+def _refuse_picture(path: _Path) -> None:
     file = check_file(path, "a video")
     if file.suffix.lower() != ".gif" and cv2.haveImageReader(str(file)):
         raise InputError(f"{path}: expected a video, got a picture")
 
 
-def _video_stream(container: av.container.InputContainer, path: str | os.PathLike[str]) -> av.VideoStream:
+def _video_stream(container: InputContainer, path: _Path) -> av.VideoStream:
     for stream in container.streams.video:
         if not stream.disposition & Disposition.attached_pic:  # the cover of a song is no video
             return stream
@@ -130,7 +133,9 @@ def _video_stream(container: av.container.InputContainer, path: str | os.PathLik
     raise InputError(f"{path}: expected a video, got a file with no video stream ({other})")
 
 
-def _timed(container, stream, path) -> Iterator[tuple[float, float, av.VideoFrame]]:
+def _timed(
+    container: InputContainer, stream: av.VideoStream, path: _Path
+) -> Iterator[tuple[float, float, av.VideoFrame]]:
     """(time, duration, frame) with time rising strictly; frames out of order or without a place are dropped."""
     step = 1.0 / float(stream.average_rate or stream.guessed_rate or FPS)
     last = None
@@ -144,7 +149,7 @@ def _timed(container, stream, path) -> Iterator[tuple[float, float, av.VideoFram
         yield time, float(frame.duration * frame.time_base) if frame.duration else step, frame
 
 
-def _at_rate(container, stream, path, fps: float) -> Iterator[av.VideoFrame]:
+def _at_rate(container: InputContainer, stream: av.VideoStream, path: _Path, fps: float) -> Iterator[av.VideoFrame]:
     """The frame nearest to each multiple of 1 / fps. Needs one frame of look-ahead."""
     count, start, held = 0, 0.0, None
     for time, duration, frame in _timed(container, stream, path):
@@ -164,8 +169,22 @@ def _at_rate(container, stream, path, fps: float) -> Iterator[av.VideoFrame]:
         yield held[2]
 
 
-def _target_size(stream: av.VideoStream, frame: av.VideoFrame, max_side: int | None, path) -> tuple[int, int]:
-    """(width, height) before turning: square pixels, and no side over ``max_side``."""
+class _Layout(NamedTuple):
+    """How a decoded frame becomes an upright one: scaled to width x height, transposed, then flipped."""
+
+    width: int
+    height: int
+    transpose: bool = False
+    flip_rows: bool = False
+    flip_columns: bool = False
+
+
+def _layout(stream: av.VideoStream, frame: av.VideoFrame, max_side: int | None, path: _Path) -> _Layout:
+    """From the first frame and for all: square pixels, no side over ``max_side``, and the display matrix.
+
+    Asking every frame for its matrix would tie each to its side data in a cycle, and hundreds of them would wait for
+    the garbage collector.
+    """
     width, height = frame.width, frame.height
     if max(width, height) > _MAX_SIDE:
         raise InputError(f"{path}: expected at most {_MAX_SIDE} pixels a side, got {width}x{height}")
@@ -173,25 +192,27 @@ def _target_size(stream: av.VideoStream, frame: av.VideoFrame, max_side: int | N
     if 0.2 < aspect < 5.0:  # outside of this the tag is nonsense
         width = round(width * aspect)
     scale = min(1.0, (max_side or _MAX_SIDE) / max(width, height))
-    return max(1, round(width * scale)), max(1, round(height * scale))
+    width, height = max(1, round(width * scale)), max(1, round(height * scale))
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return _Layout(width, height)
+    # Up to a shift, the picture's column is a x + c y and its row b x + d y, in quarter turns, perhaps mirrored.
+    a, b, _, c, d = (int(v) for v in np.frombuffer(matrix, np.int32)[:5])  # type: ignore[call-overload]
+    if abs(a) < abs(b):
+        return _Layout(width, height, transpose=True, flip_rows=b < 0, flip_columns=c < 0)
+    return _Layout(width, height, flip_rows=d < 0, flip_columns=a < 0)
 
 
-def _upright_rgb(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
-    """Convert, scale, then turn by the display matrix (a multiple of a quarter turn, perhaps mirrored)."""
+def _upright_rgb(frame: av.VideoFrame, layout: _Layout) -> np.ndarray:
     colours = frame.colorspace
     if colours == _UNTAGGED and frame.format.name.startswith("yuv"):
         colours = Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601  # what players assume
-    smaller = size[0] * size[1] < 0.7 * frame.width * frame.height
+    smaller = layout.width * layout.height < 0.7 * frame.width * frame.height
     how = Interpolation.AREA if smaller else Interpolation.BICUBIC
     rgb = frame.to_ndarray(
-        format="rgb24", width=size[0], height=size[1], src_colorspace=colours, threads=1,
+        format="rgb24", width=layout.width, height=layout.height, src_colorspace=colours, threads=1,
         interpolation=how | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT,
     )  # fmt: skip
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return rgb
-    # Up to a shift, the picture's column is a x + c y and its row b x + d y.
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]  # type: ignore[call-overload]
-    if abs(int(a)) < abs(int(b)):
-        rgb, a, d = rgb.transpose(1, 0, 2), c, b
-    return np.ascontiguousarray(rgb[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+    if layout.transpose:
+        rgb = rgb.transpose(1, 0, 2)
+    return np.ascontiguousarray(rgb[:: -1 if layout.flip_rows else 1, :: -1 if layout.flip_columns else 1])
