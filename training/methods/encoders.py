@@ -11,10 +11,14 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from avatar_rt.config import MotionConfig, SpeechConfig
+from avatar_rt.config import SAMPLES_PER_FRAME, MotionConfig, SpeechConfig
 from avatar_rt.models.motion import ARKIT_NAMES, MOTION_NAMES, MotionEncoder, motion_index
 from avatar_rt.models.speech import MOUTH_COEFFICIENTS, SpeechEncoder
 from training.methods import augment
+
+Recording = tuple[Tensor, Tensor]  # wave fp32 [S], phonemes int64 [S // 640] (UNKNOWN: not in the loss)
+UNKNOWN = -100
+CLIP_FRAMES = 77
 
 
 def save_part(module: nn.Module, path: Path) -> None:
@@ -28,6 +32,25 @@ def correlation(a: Tensor, b: Tensor) -> float:
     """Pearson's r of two sequences; 0 where one is constant."""
     a, b = a.double().flatten() - a.double().mean(), b.double().flatten() - b.double().mean()
     return float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12))
+
+
+def accuracies(logits: Tensor, phonemes: Tensor, suffix: str) -> dict[str, float]:
+    """Share of frames with the right phoneme: of all labelled frames, and of those that are not silence."""
+    hit = logits.argmax(-1) == phonemes
+    return {
+        f"accuracy{suffix}": float(hit[phonemes != UNKNOWN].float().mean()),
+        f"sounding{suffix}": float(hit[phonemes > 0].float().mean()),
+    }
+
+
+def draw(count: int, generator: torch.Generator) -> int:
+    """A number below ``count``."""
+    return int(torch.randint(count, (), generator=generator))
+
+
+def spread(count: int, most: int) -> range:
+    """At most about ``most`` indices, evenly over ``count``."""
+    return range(0, count, max(1, count // most))
 
 
 def to_wave(samples: np.ndarray) -> Tensor:
@@ -48,102 +71,105 @@ def mouth_targets(corpus: Any, clip: int, start: int, count: int) -> Tensor:
     return torch.from_numpy(np.concatenate((opening, motion), axis=1).astype(np.float32))
 
 
+def load_recorded(folder: Path, phonemes: tuple[str, ...]) -> tuple[list[Recording], list[Recording]]:
+    """What training.data.align wrote -> (train, val), every eighth speaker held out; both empty without the folder.
+
+    The speaker is what stands before the last ``__`` in a file's name.
+    """
+    number = {name: i for i, name in enumerate(phonemes)}
+    files = sorted(folder.glob("*.npz"))
+    held_out = set(sorted({f.stem.rpartition("__")[0] for f in files})[::8])
+    parts: tuple[list[Recording], list[Recording]] = ([], [])
+    for file in files:
+        with np.load(file) as saved:
+            labels = np.array([number.get(name, UNKNOWN) for name in saved["phones"].tolist()], np.int64)
+            wave = to_wave(saved["wave"])[: len(labels) * SAMPLES_PER_FRAME]
+        if (labels >= 0).mean() > 0.5:
+            parts[file.stem.rpartition("__")[0] in held_out].append((wave, torch.from_numpy(labels)))
+    return parts
+
+
 class SpeechMethod:
     """Phonemes and mouth from damaged speech: cross-entropy, and Huber on standardised mouth channels.
 
     Args:
         train, val: Corpus objects (other identities, voices and sentences in ``val``).
-        frames: Frames per clip in a batch of ``batch`` clips.
-        recorded: Optional recordings [(wave fp32 [S], phonemes int64 [S // 640])]; ``recorded_share`` of a batch is
-            drawn from them and trains the phonemes only.
+        recorded, recorded_val: Recordings of real voices; ``recorded_share`` of a batch is drawn from the first and
+            trains the phonemes only, since nobody filmed the mouth.
+        frames, batch: Frames per clip, clips per batch.
     """
 
     def __init__(
-        self, cfg: SpeechConfig, train: Any, val: Any, *, frames: int = 72, batch: int = 16,
-        recorded: list[tuple[Tensor, Tensor]] | None = None, recorded_share: float = 0.5,
+        self, cfg: SpeechConfig, train: Any, val: Any, recorded: list[Recording], recorded_val: list[Recording],
+        *, recorded_share: float = 0.5, frames: int = 72, batch: int = 16,
     ) -> None:  # fmt: skip
         self.module = SpeechEncoder(cfg)
-        self.train, self.val = train, val
+        self.train, self.val, self.recorded, self.recorded_val = train, val, recorded, recorded_val
         self.frames, self.batch = frames, batch
-        self.recorded = recorded or []
-        self.num_recorded = round(recorded_share * batch) if self.recorded else 0
-        sample = range(0, len(train), max(1, len(train) // 200))
-        targets = torch.cat([mouth_targets(train, i, 0, frames) for i in sample])
+        self.num_recorded = round(recorded_share * batch) if recorded else 0
+        targets = torch.cat([mouth_targets(train, i, 0, frames) for i in spread(len(train), 200)])
         self.module.mouth_mean.copy_(targets.mean(0))
         self.module.mouth_std.copy_(targets.std(0).clamp(min=0.02))
 
-    def _draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """wave [B, S], phonemes [B, F] (-100: unknown), mouth [B, F, 11], whether a row knows its mouth [B]."""
-        waves, phonemes, mouths = [], [], []
-        for row in range(self.batch):
-            pool = self.recorded if row < self.num_recorded else self.train
-            clip = int(torch.randint(len(pool), (), generator=generator))
-            if row < self.num_recorded:
-                wave, labels = self.recorded[clip]
-                start = int(torch.randint(max(len(labels) - self.frames, 0) + 1, (), generator=generator))
-                wave = wave[start * 640 : (start + self.frames) * 640]
-                labels, mouth = (
-                    labels[start : start + self.frames],
-                    torch.zeros(self.frames, 1 + len(MOUTH_COEFFICIENTS)),
-                )
-                wave = F.pad(wave, (0, self.frames * 640 - len(wave)))
-                labels = F.pad(labels, (0, self.frames - len(labels)), value=-100)
-            else:
-                wave = to_wave(np.asarray(self.train.audio(clip, 0, self.frames)))
-                labels = torch.from_numpy(np.asarray(self.train.phonemes(clip, 0, self.frames)).astype(np.int64))
-                mouth = mouth_targets(self.train, clip, 0, self.frames)
-            waves.append(wave)
-            phonemes.append(labels)
-            mouths.append(mouth)
-        known = torch.arange(self.batch) >= self.num_recorded
-        return torch.stack(waves), torch.stack(phonemes), torch.stack(mouths), known
+    def _clip(self, corpus: Any, clip: int) -> tuple[Tensor, Tensor, Tensor]:
+        """wave [S], phonemes [F], mouth [F, 11] of a corpus clip."""
+        phonemes = np.asarray(corpus.phonemes(clip, 0, self.frames)).astype(np.int64)
+        wave = to_wave(np.asarray(corpus.audio(clip, 0, self.frames)))
+        return wave, torch.from_numpy(phonemes), mouth_targets(corpus, clip, 0, self.frames)
+
+    def _recording(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of a piece of a recording; its mouth is NaN."""
+        wave, phonemes = self.recorded[draw(len(self.recorded), generator)]
+        start = draw(max(len(phonemes) - self.frames, 0) + 1, generator)
+        wave = wave[start * SAMPLES_PER_FRAME :][: self.frames * SAMPLES_PER_FRAME]
+        phonemes = phonemes[start:][: self.frames]
+        wave = F.pad(wave, (0, self.frames * SAMPLES_PER_FRAME - len(wave)))
+        phonemes = F.pad(phonemes, (0, self.frames - len(phonemes)), value=UNKNOWN)
+        return wave, phonemes, torch.full((self.frames, 1 + len(MOUTH_COEFFICIENTS)), torch.nan)
 
     def step(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        wave, phonemes, mouth, known = self._draw(generator)
-        factors = augment.uniform((self.batch,), 0.85, 1.18, generator)
-        wave, at = augment.change_speed(augment.level_speech(wave), factors)
-        index = at.round().long()
-        inside = index < self.frames
-        index = index.clamp(0, self.frames - 1)
-        phonemes = phonemes.gather(1, index).masked_fill(~inside, -100)
-        mouth = mouth.gather(1, index[..., None].expand(-1, -1, mouth.shape[-1]))
+        rows = [self._recording(generator) for _ in range(self.num_recorded)]
+        rows += [self._clip(self.train, draw(len(self.train), generator)) for _ in range(self.batch - len(rows))]
+        wave, phonemes, mouth = (torch.stack(part) for part in zip(*rows, strict=True))
+        wave, at = augment.change_speed(
+            augment.level_speech(wave), augment.uniform((self.batch,), 0.85, 1.18, generator)
+        )
+        at = at.round().long()
+        ended = at >= self.frames
+        at = at.clamp(max=self.frames - 1)
+        phonemes = phonemes.gather(1, at).masked_fill(ended, UNKNOWN)
+        mouth = mouth.gather(1, at[..., None].expand_as(mouth)).masked_fill(ended[..., None], torch.nan)
         with torch.autocast("cpu", enabled=False):
             wave = augment.damage_speech(wave, generator)
         read = self.module.heads(self.module(wave))
         loss_phonemes = F.cross_entropy(read["phonemes"].transpose(1, 2), phonemes, label_smoothing=0.05)
-        error = (read["mouth"] - mouth) / self.module.mouth_std
-        rows = inside & known[:, None]
-        loss_mouth = F.smooth_l1_loss(error[rows], torch.zeros_like(error[rows]), beta=0.5)
-        accuracy = (read["phonemes"].argmax(-1) == phonemes)[phonemes >= 0].float().mean()
+        error = ((read["mouth"] - mouth) / self.module.mouth_std)[mouth.isfinite()]
+        loss_mouth = F.smooth_l1_loss(error, torch.zeros_like(error), beta=0.5)
+        hit = (read["phonemes"].argmax(-1) == phonemes)[phonemes != UNKNOWN]
         return {
-            "loss": loss_phonemes + loss_mouth, "phonemes": loss_phonemes, "mouth": loss_mouth, "accuracy": accuracy,
+            "loss": loss_phonemes + loss_mouth, "phonemes": loss_phonemes, "mouth": loss_mouth,
+            "accuracy": hit.float().mean(),
         }  # fmt: skip
 
+    def _read(self, wave: Tensor) -> dict[str, Tensor]:
+        return self.module.heads(self.module(wave))
+
     def validate(self, step: int, out: Path) -> dict[str, float]:
-        """Phoneme accuracy (all frames; sounding frames) and r of the mouth, on clean and on damaged sound."""
-        clips = range(0, len(self.val), max(1, len(self.val) // 60))
+        """Phoneme accuracy (all, and sounding frames) and r of the mouth, clean and damaged; then recorded voices."""
+        clips = [self._clip(self.val, i) for i in spread(len(self.val), 64)]
+        wave, phonemes, mouth = (torch.stack(part) for part in zip(*clips, strict=True))
+        wave = augment.level_speech(wave)
         metrics = {}
-        for name in ("", "_damaged"):
-            hits, mouths, truths = [], [], []
-            generator = torch.Generator().manual_seed(1)
-            for first in range(0, len(clips), 8):
-                some = clips[first : first + 8]
-                wave = torch.stack([to_wave(np.asarray(self.val.audio(i, 0, self.frames))) for i in some])
-                wave = augment.level_speech(wave)
-                wave = augment.damage_speech(wave, generator) if name else wave
-                read = self.module.heads(self.module(wave))
-                truth = np.stack([np.asarray(self.val.phonemes(i, 0, self.frames)) for i in some]).astype(np.int64)
-                hits.append(torch.stack((read["phonemes"].argmax(-1) == torch.from_numpy(truth),
-                                         torch.from_numpy(truth) > 0)).flatten(1))  # fmt: skip
-                mouths.append(read["mouth"].flatten(0, 1))
-                truths.append(torch.cat([mouth_targets(self.val, i, 0, self.frames) for i in some]))
-            hit, sounding = torch.cat(hits, 1)
-            mouth, target = torch.cat(mouths), torch.cat(truths)
-            metrics[f"accuracy{name}"] = float(hit.float().mean())
-            metrics[f"accuracy_sounding{name}"] = float(hit[sounding].float().mean())
+        for name, sound in (("", wave), ("_damaged", augment.damage_speech(wave, torch.Generator().manual_seed(1)))):
+            read = self._read(sound)
+            metrics |= accuracies(read["phonemes"], phonemes, name)
             for i, channel in enumerate(("opening", *MOUTH_COEFFICIENTS)):
                 if channel in ("opening", "jawOpen", "mouthPucker", "mouthFunnel", "mouthClose"):
-                    metrics[f"r_{channel}{name}"] = correlation(mouth[:, i], target[:, i])
+                    metrics[f"r_{channel}{name}"] = correlation(read["mouth"][..., i], mouth[..., i])
+        if self.recorded_val:
+            logits = [self._read(augment.level_speech(wave[None]))["phonemes"][0] for wave, _ in self.recorded_val]
+            truth = torch.cat([phonemes for _, phonemes in self.recorded_val])
+            metrics |= accuracies(torch.cat(logits), truth, "_recorded")
         return metrics
 
     def export(self, out: Path) -> None:
@@ -164,8 +190,9 @@ class MotionMethod:
     def __init__(self, cfg: MotionConfig, train: Any, val: Any, *, batch: int = 48) -> None:
         self.module = MotionEncoder(cfg)
         self.train, self.val, self.batch = train, val, batch
-        sample = range(0, len(train), max(1, len(train) // 400))
-        motion = torch.cat([torch.from_numpy(np.array(train.motion(i, 0, 77))) for i in sample])
+        motion = torch.cat(
+            [torch.from_numpy(np.array(train.motion(i, 0, CLIP_FRAMES))) for i in spread(len(train), 400)]
+        )
         self.module.mean.copy_(motion.mean(0))
         # A coefficient that hardly ever moves must not be blown up to unit variance.
         self.module.std.copy_(motion.std(0).clamp(min=0.02))
@@ -176,8 +203,8 @@ class MotionMethod:
 
     def step(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         frames, motion = [], []
-        for clip in torch.randint(len(self.train), (self.batch,), generator=generator).tolist():
-            at = int(torch.randint(77, (), generator=generator))
+        for _ in range(self.batch):
+            clip, at = draw(len(self.train), generator), draw(CLIP_FRAMES, generator)
             frames.append(np.asarray(self.train.frames(clip, at, 1)))
             motion.append(np.asarray(self.train.motion(clip, at, 1)))
         pictures, truth = to_pictures(np.concatenate(frames)), torch.from_numpy(np.concatenate(motion)).float()
@@ -192,14 +219,14 @@ class MotionMethod:
 
     def validate(self, step: int, out: Path) -> dict[str, float]:
         """r per reported channel over all held-out frames, as they are and damaged (``_damaged``: jawOpen, blink)."""
-        clips = range(0, len(self.val), max(1, len(self.val) // 60))
+        clips = spread(len(self.val), 60)
         generator = torch.Generator().manual_seed(1)
         read, damaged, truth = [], [], []
         for clip in clips:
-            pictures = to_pictures(np.asarray(self.val.frames(clip, 0, 77))[::2])
+            pictures = to_pictures(np.asarray(self.val.frames(clip, 0, CLIP_FRAMES))[::2])
             read.append(self.module(pictures))
             damaged.append(self.module(augment.damage_pictures(pictures, generator)))
-            truth.append(torch.from_numpy(np.array(self.val.motion(clip, 0, 77))[::2]))
+            truth.append(torch.from_numpy(np.array(self.val.motion(clip, 0, CLIP_FRAMES))[::2]))
         read, damaged, truth = torch.cat(read), torch.cat(damaged), torch.cat(truth)
         channel = {name: MOTION_NAMES.index(name) for name in _REPORTED}
         metrics = {f"r_{n}": correlation(read[:, i], truth[:, i]) for n, i in channel.items()}
