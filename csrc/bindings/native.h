@@ -11,9 +11,9 @@
 namespace avatar_rt::bindings {
 
 struct TensorArg {
-  uintptr_t address = 0;
-  std::string dtype;
-  std::vector<int64_t> shape, strides;  // strides in elements
+    uintptr_t address = 0;
+    std::string dtype;
+    std::vector<int64_t> shape, strides;  // strides in elements
 };
 
 // Raises avatar_rt.errors.InputError with this sentence.

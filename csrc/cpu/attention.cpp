@@ -13,136 +13,138 @@ namespace avatar_rt::cpu {
 namespace {
 
 const AttentionKernel& kernel_for(DType dtype, Isa isa) {
-  const bool f32 = dtype == DType::f32;
+    const bool f32 = dtype == DType::f32;
 #ifdef AVATAR_RT_X86
-  switch (isa) {
-    case Isa::avx512bf16:
+    switch (isa) {
+        case Isa::avx512bf16:
 #ifdef AVATAR_RT_AVX512BF16
-      if (!f32) return kAttentionBf16Avx512bf16;
+            if (!f32) return kAttentionBf16Avx512bf16;
 #endif
-      [[fallthrough]];
-    case Isa::avx512:
-      return f32 ? kAttentionF32Avx512 : kAttentionBf16Avx512;
-    case Isa::avx2:
-      return f32 ? kAttentionF32Avx2 : kAttentionBf16Avx2;
-    case Isa::scalar:
-      break;
-  }
+            [[fallthrough]];
+        case Isa::avx512:
+            return f32 ? kAttentionF32Avx512 : kAttentionBf16Avx512;
+        case Isa::avx2:
+            return f32 ? kAttentionF32Avx2 : kAttentionBf16Avx2;
+        case Isa::scalar:
+            break;
+    }
 #endif
-  (void)isa;
-  return f32 ? kAttentionF32Scalar : kAttentionBf16Scalar;
+    (void)isa;
+    return f32 ? kAttentionF32Scalar : kAttentionBf16Scalar;
 }
 
 const char* at(const View& view, int64_t element, int64_t b, int64_t row, int64_t n) {
-  return static_cast<const char*>(view.data) +
-         element * (b * view.batch_stride + row * view.row_stride + n * view.head_stride);
+    return static_cast<const char*>(view.data) +
+           element * (b * view.batch_stride + row * view.row_stride + n * view.head_stride);
 }
 
 // Memory of one thread, kept for its next call.
 void* scratch_of_thread(size_t bytes) {
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<void, Free> memory;
-  thread_local size_t size = 0;
-  if (size < bytes) {
-    memory.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-    size = memory ? bytes : 0;
-    if (!memory) throw std::bad_alloc();
-  }
-  return memory.get();
+    struct Free {
+        void operator()(void* p) const { std::free(p); }
+    };
+    thread_local std::unique_ptr<void, Free> memory;
+    thread_local size_t size = 0;
+    if (size < bytes) {
+        memory.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+        size = memory ? bytes : 0;
+        if (!memory) throw std::bad_alloc();
+    }
+    return memory.get();
 }
 
 struct Plan {
-  const AttentionArgs& args;
-  const AttentionKernel& kernel;
-  int64_t element, frame_rows, chunk_rows, chunks;
+    const AttentionArgs& args;
+    const AttentionKernel& kernel;
+    int64_t element, frame_rows, chunk_rows, chunks;
 
-  explicit Plan(const AttentionArgs& a) : args(a), kernel(kernel_for(a.dtype, a.isa)) {
-    element = a.dtype == DType::f32 ? 4 : 2;
-    frame_rows = a.q.rows / a.num_frames;
-    chunk_rows = kernel.max_rows;
-    chunks = (frame_rows + chunk_rows - 1) / chunk_rows;
-    // Few large tasks leave threads idle; a smaller task only means that its keys are read for fewer rows at a time.
-    if (a.num_threads > 1 && a.batch * a.heads * a.num_frames * chunks < 4 * a.num_threads) {
-      chunk_rows = kernel.tile_rows;
-      chunks = (frame_rows + chunk_rows - 1) / chunk_rows;
+    explicit Plan(const AttentionArgs& a) : args(a), kernel(kernel_for(a.dtype, a.isa)) {
+        element = a.dtype == DType::f32 ? 4 : 2;
+        frame_rows = a.q.rows / a.num_frames;
+        chunk_rows = kernel.max_rows;
+        chunks = (frame_rows + chunk_rows - 1) / chunk_rows;
+        // Few large tasks leave threads idle; a smaller task only means that its keys are read for fewer rows at a
+        // time.
+        if (a.num_threads > 1 && a.batch * a.heads * a.num_frames * chunks < 4 * a.num_threads) {
+            chunk_rows = kernel.tile_rows;
+            chunks = (frame_rows + chunk_rows - 1) / chunk_rows;
+        }
     }
-  }
 
-  int64_t num_tasks() const { return args.batch * args.heads * args.num_frames * chunks; }
+    int64_t num_tasks() const { return args.batch * args.heads * args.num_frames * chunks; }
 
-  void run(int64_t task) const {
-    const int64_t chunk = task % chunks, frame = task / chunks % args.num_frames;
-    const int64_t n = task / chunks / args.num_frames % args.heads, b = task / chunks / args.num_frames / args.heads;
-    const int64_t row = frame * frame_rows + chunk * chunk_rows;
-    AttentionJob job{};
-    job.rows = static_cast<int>(std::min(chunk_rows, frame_rows - chunk * chunk_rows));
-    job.head_dim = static_cast<int>(args.head_dim);
-    job.q = at(args.q, element, b, row, n);
-    job.q_stride = args.q.row_stride;
-    job.out_stride = args.heads * args.head_dim;
-    job.out = static_cast<char*>(args.out) + element * (((b * args.q.rows + row) * args.heads + n) * args.head_dim);
-    job.lse = args.lse ? args.lse + (b * args.heads + n) * args.q.rows + row : nullptr;
-    job.scale_log2 = args.scale * 1.44269504f;
-    int64_t low = 0, high = args.k.rows;
-    if (args.num_frames > 1) {
-      low = std::max<int64_t>(frame - args.radius, 0) * frame_rows;
-      high = std::min(frame + args.radius + 1, args.num_frames) * frame_rows;
+    void run(int64_t task) const {
+        const int64_t chunk = task % chunks, frame = task / chunks % args.num_frames;
+        const int64_t n = task / chunks / args.num_frames % args.heads,
+                      b = task / chunks / args.num_frames / args.heads;
+        const int64_t row = frame * frame_rows + chunk * chunk_rows;
+        AttentionJob job{};
+        job.rows = static_cast<int>(std::min(chunk_rows, frame_rows - chunk * chunk_rows));
+        job.head_dim = static_cast<int>(args.head_dim);
+        job.q = at(args.q, element, b, row, n);
+        job.q_stride = args.q.row_stride;
+        job.out_stride = args.heads * args.head_dim;
+        job.out = static_cast<char*>(args.out) + element * (((b * args.q.rows + row) * args.heads + n) * args.head_dim);
+        job.lse = args.lse ? args.lse + (b * args.heads + n) * args.q.rows + row : nullptr;
+        job.scale_log2 = args.scale * 1.44269504f;
+        int64_t low = 0, high = args.k.rows;
+        if (args.num_frames > 1) {
+            low = std::max<int64_t>(frame - args.radius, 0) * frame_rows;
+            high = std::min(frame + args.radius + 1, args.num_frames) * frame_rows;
+        }
+        add_range(&job, args.k, args.v, b, n, low, high);
+        add_range(&job, args.ref_k, args.ref_v, b, n, 0, args.ref_k.rows);
+        kernel.run(job, scratch_of_thread(kernel.scratch_bytes(job.head_dim)));
     }
-    add_range(&job, args.k, args.v, b, n, low, high);
-    add_range(&job, args.ref_k, args.ref_v, b, n, 0, args.ref_k.rows);
-    kernel.run(job, scratch_of_thread(kernel.scratch_bytes(job.head_dim)));
-  }
 
-  void add_range(AttentionJob* job, const View& k, const View& v, int64_t b, int64_t n, int64_t low,
-                 int64_t high) const {
-    if (low < high)
-      job->ranges[job->num_ranges++] = {at(k, element, b, low, n), at(v, element, b, low, n), high - low, k.row_stride,
-                                        v.row_stride};
-  }
+    void add_range(AttentionJob* job, const View& k, const View& v, int64_t b, int64_t n, int64_t low,
+                   int64_t high) const {
+        if (low < high)
+            job->ranges[job->num_ranges++] = {at(k, element, b, low, n), at(v, element, b, low, n), high - low,
+                                              k.row_stride, v.row_stride};
+    }
 };
 
 // Below this a thread's wake-up costs more than it saves.
 constexpr double kFlopsPerThread = 2e7;
 
 double flops(const AttentionArgs& a) {
-  double fresh = static_cast<double>(a.k.rows);
-  if (a.num_frames > 1) fresh = std::min(fresh, (2.0 * a.radius + 1) * fresh / a.num_frames);
-  return 4.0 * a.batch * a.heads * a.head_dim * a.q.rows * (fresh + a.ref_k.rows);
+    double fresh = static_cast<double>(a.k.rows);
+    if (a.num_frames > 1) fresh = std::min(fresh, (2.0 * a.radius + 1) * fresh / a.num_frames);
+    return 4.0 * a.batch * a.heads * a.head_dim * a.q.rows * (fresh + a.ref_k.rows);
 }
 
 std::string expected(const char* what, const std::string& wanted, int64_t got) {
-  return std::string(what) + ": expected " + wanted + ", got " + std::to_string(got);
+    return std::string(what) + ": expected " + wanted + ", got " + std::to_string(got);
 }
 
 }  // namespace
 
 std::string attention_faults(const AttentionArgs& a) {
-  if (a.batch < 0 || a.q.rows < 0) return expected("q", "sizes of 0 or more", std::min(a.batch, a.q.rows));
-  if (a.heads < 1) return expected("q", "at least one head", a.heads);
-  if (a.head_dim < 1 || a.head_dim > kMaxHeadDim)
-    return expected("q", "D in 1.." + std::to_string(kMaxHeadDim), a.head_dim);
-  if (a.v.rows != a.k.rows) return expected("v", "S=" + std::to_string(a.k.rows), a.v.rows);
-  if (a.ref_v.rows != a.ref_k.rows) return expected("ref_v", "R=" + std::to_string(a.ref_k.rows), a.ref_v.rows);
-  if (a.k.rows + a.ref_k.rows < 1) return "k, ref_k: expected at least one key row, got none";
-  if (a.num_frames < 1 || a.q.rows % a.num_frames != 0)
-    return expected("num_frames", "a divisor of L=" + std::to_string(a.q.rows), a.num_frames);
-  if (a.num_frames > 1 && a.k.rows != a.q.rows)
-    return expected("k", "L=" + std::to_string(a.q.rows) + " rows as in q", a.k.rows);
-  if (a.radius < 0) return expected("radius", "0 or more frames", a.radius);
-  if (!(a.scale > 0) || !std::isfinite(a.scale))
-    return "scale: expected a finite number above 0, got " + std::to_string(a.scale);
-  if (a.num_threads < 1) return expected("num_threads", "1 or more", a.num_threads);
-  if (!supported(a.isa)) return std::string("isa: expected one that this machine has, got ") + isa_name(a.isa);
-  return "";
+    if (a.batch < 0 || a.q.rows < 0) return expected("q", "sizes of 0 or more", std::min(a.batch, a.q.rows));
+    if (a.heads < 1) return expected("q", "at least one head", a.heads);
+    if (a.head_dim < 1 || a.head_dim > kMaxHeadDim)
+        return expected("q", "D in 1.." + std::to_string(kMaxHeadDim), a.head_dim);
+    if (a.v.rows != a.k.rows) return expected("v", "S=" + std::to_string(a.k.rows), a.v.rows);
+    if (a.ref_v.rows != a.ref_k.rows) return expected("ref_v", "R=" + std::to_string(a.ref_k.rows), a.ref_v.rows);
+    if (a.k.rows + a.ref_k.rows < 1) return "k, ref_k: expected at least one key row, got none";
+    if (a.num_frames < 1 || a.q.rows % a.num_frames != 0)
+        return expected("num_frames", "a divisor of L=" + std::to_string(a.q.rows), a.num_frames);
+    if (a.num_frames > 1 && a.k.rows != a.q.rows)
+        return expected("k", "L=" + std::to_string(a.q.rows) + " rows as in q", a.k.rows);
+    if (a.radius < 0) return expected("radius", "0 or more frames", a.radius);
+    if (!(a.scale > 0) || !std::isfinite(a.scale))
+        return "scale: expected a finite number above 0, got " + std::to_string(a.scale);
+    if (a.num_threads < 1) return expected("num_threads", "1 or more", a.num_threads);
+    if (!supported(a.isa)) return std::string("isa: expected one that this machine has, got ") + isa_name(a.isa);
+    return "";
 }
 
 void attention(const AttentionArgs& args) {
-  const Plan plan(args);
-  if (args.q.rows == 0) return;
-  const double threads = std::min<double>(args.num_threads, std::max(1.0, flops(args) / kFlopsPerThread));
-  parallel_for(plan.num_tasks(), static_cast<int>(threads), [&plan](int64_t task) { plan.run(task); });
+    const Plan plan(args);
+    if (args.q.rows == 0) return;
+    const double threads = std::min<double>(args.num_threads, std::max(1.0, flops(args) / kFlopsPerThread));
+    parallel_for(plan.num_tasks(), static_cast<int>(threads), [&plan](int64_t task) { plan.run(task); });
 }
 
 }  // namespace avatar_rt::cpu

@@ -21,23 +21,23 @@ constexpr int64_t kMaxHeadDim = 256;
 
 // Strides are in elements.
 struct View {
-  const void* data = nullptr;
-  int64_t rows = 0, batch_stride = 0, row_stride = 0, head_stride = 0;
+    const void* data = nullptr;
+    int64_t rows = 0, batch_stride = 0, row_stride = 0, head_stride = 0;
 };
 
 struct AttentionArgs {
-  DType dtype = DType::f32;
-  int64_t batch = 0, heads = 0, head_dim = 0;
-  View q;               // rows: queries, frame after frame
-  View k, v;            // fresh rows; none when rows is 0
-  View ref_k, ref_v;    // reference rows; none when rows is 0
-  void* out = nullptr;  // contiguous [batch, queries, heads, head_dim]
-  float* lse = nullptr;  // contiguous [batch, heads, queries]; may be null
-  float scale = 0;
-  int64_t num_frames = 1;  // queries and, when above 1, fresh rows per frame: rows / num_frames
-  int64_t radius = 0;      // frames seen before and after the own one; unused for one frame
-  int num_threads = 1;
-  Isa isa = Isa::scalar;
+    DType dtype = DType::f32;
+    int64_t batch = 0, heads = 0, head_dim = 0;
+    View q;                // rows: queries, frame after frame
+    View k, v;             // fresh rows; none when rows is 0
+    View ref_k, ref_v;     // reference rows; none when rows is 0
+    void* out = nullptr;   // contiguous [batch, queries, heads, head_dim]
+    float* lse = nullptr;  // contiguous [batch, heads, queries]; may be null
+    float scale = 0;
+    int64_t num_frames = 1;  // queries and, when above 1, fresh rows per frame: rows / num_frames
+    int64_t radius = 0;      // frames seen before and after the own one; unused for one frame
+    int num_threads = 1;
+    Isa isa = Isa::scalar;
 };
 
 // Empty, or one sentence that says what was got and what was expected.

@@ -9,124 +9,126 @@ namespace {
 // One register tile of scores: M keys against NV vectors of queries.
 template <class V, int NV, int M>
 void score_rows(const float* k, int64_t stride, const float* q, int head_dim, float* scores, typename V::F* peak) {
-  using F = typename V::F;
-  F acc[M][NV];
-  for (int m = 0; m < M; ++m)
-    for (int j = 0; j < NV; ++j) acc[m][j] = V::set1(0.f);
-  for (int d = 0; d < head_dim; ++d, q += NV * V::kWidth) {
-    F x[NV];
-    for (int j = 0; j < NV; ++j) x[j] = V::load(q + j * V::kWidth);
-    for (int m = 0; m < M; ++m) {
-      const F key = V::set1(k[m * stride + d]);
-      for (int j = 0; j < NV; ++j) acc[m][j] = V::fma(key, x[j], acc[m][j]);
+    using F = typename V::F;
+    F acc[M][NV];
+    for (int m = 0; m < M; ++m)
+        for (int j = 0; j < NV; ++j) acc[m][j] = V::set1(0.f);
+    for (int d = 0; d < head_dim; ++d, q += NV * V::kWidth) {
+        F x[NV];
+        for (int j = 0; j < NV; ++j) x[j] = V::load(q + j * V::kWidth);
+        for (int m = 0; m < M; ++m) {
+            const F key = V::set1(k[m * stride + d]);
+            for (int j = 0; j < NV; ++j) acc[m][j] = V::fma(key, x[j], acc[m][j]);
+        }
     }
-  }
-  for (int m = 0; m < M; ++m)
-    for (int j = 0; j < NV; ++j) {
-      V::store(scores + (m * NV + j) * V::kWidth, acc[m][j]);
-      peak[j] = V::max(acc[m][j], peak[j]);
-    }
+    for (int m = 0; m < M; ++m)
+        for (int j = 0; j < NV; ++j) {
+            V::store(scores + (m * NV + j) * V::kWidth, acc[m][j]);
+            peak[j] = V::max(acc[m][j], peak[j]);
+        }
 }
 
 // One register tile of outputs: M channels of NV vectors of queries, summed over a block's keys from zero.
 template <class V, int NV, int M>
 void value_rows(const float* v, int64_t stride, int rows, const float* weights, float* out,
                 const typename V::F* alpha) {
-  using F = typename V::F;
-  F acc[M][NV];
-  for (int m = 0; m < M; ++m)
-    for (int j = 0; j < NV; ++j) acc[m][j] = V::set1(0.f);
-  for (int s = 0; s < rows; ++s, v += stride, weights += NV * V::kWidth) {
-    F x[NV];
-    for (int j = 0; j < NV; ++j) x[j] = V::load(weights + j * V::kWidth);
-    for (int m = 0; m < M; ++m) {
-      const F value = V::set1(v[m]);
-      for (int j = 0; j < NV; ++j) acc[m][j] = V::fma(value, x[j], acc[m][j]);
+    using F = typename V::F;
+    F acc[M][NV];
+    for (int m = 0; m < M; ++m)
+        for (int j = 0; j < NV; ++j) acc[m][j] = V::set1(0.f);
+    for (int s = 0; s < rows; ++s, v += stride, weights += NV * V::kWidth) {
+        F x[NV];
+        for (int j = 0; j < NV; ++j) x[j] = V::load(weights + j * V::kWidth);
+        for (int m = 0; m < M; ++m) {
+            const F value = V::set1(v[m]);
+            for (int j = 0; j < NV; ++j) acc[m][j] = V::fma(value, x[j], acc[m][j]);
+        }
     }
-  }
-  for (int m = 0; m < M; ++m)
-    for (int j = 0; j < NV; ++j) {
-      float* to = out + (m * NV + j) * V::kWidth;
-      V::store(to, alpha ? V::fma(V::load(to), alpha[j], acc[m][j]) : acc[m][j]);
-    }
+    for (int m = 0; m < M; ++m)
+        for (int j = 0; j < NV; ++j) {
+            float* to = out + (m * NV + j) * V::kWidth;
+            V::store(to, alpha ? V::fma(V::load(to), alpha[j], acc[m][j]) : acc[m][j]);
+        }
 }
 
 template <class Vec, class Input>
 struct F32Policy {
-  using V = Vec;
-  using Element = Input;
-  using PackedQ = float;
-  static constexpr bool kWiden = sizeof(Input) == 2;
+    using V = Vec;
+    using Element = Input;
+    using PackedQ = float;
+    static constexpr bool kWiden = sizeof(Input) == 2;
 
-  struct Block {
-    const float *k, *v;
-    int64_t k_stride, v_stride;
-    int rows;
-    float* wide;
-  };
+    struct Block {
+        const float *k, *v;
+        int64_t k_stride, v_stride;
+        int rows;
+        float* wide;
+    };
 
-  static size_t block_bytes(int head_dim) { return kWiden ? 2 * kBlock * sizeof(float) * ((head_dim + 15) / 16 * 16) : 0; }
-  static void place(Block* block, void* memory, int) { block->wide = static_cast<float*>(memory); }
-
-  static void fill(Block* block, const Input* k, int64_t k_stride, const Input* v, int64_t v_stride, int rows,
-                   int head_dim) {
-    block->rows = rows;
-    if constexpr (kWiden) {
-      float* wide_v = block->wide + kBlock * head_dim;
-      for (int s = 0; s < rows; ++s)
-        for (int d = 0; d < head_dim; ++d) {
-          block->wide[s * head_dim + d] = to_f32(k[s * k_stride + d]);
-          wide_v[s * head_dim + d] = to_f32(v[s * v_stride + d]);
-        }
-      block->k = block->wide;
-      block->v = wide_v;
-      block->k_stride = block->v_stride = head_dim;
-    } else {
-      block->k = k;
-      block->v = v;
-      block->k_stride = k_stride;
-      block->v_stride = v_stride;
+    static size_t block_bytes(int head_dim) {
+        return kWiden ? 2 * kBlock * sizeof(float) * ((head_dim + 15) / 16 * 16) : 0;
     }
-  }
+    static void place(Block* block, void* memory) { block->wide = static_cast<float*>(memory); }
 
-  // [channel][query]; lanes beyond the rows are zero, which is harmless and never read.
-  static void pack(const Input* q, int64_t stride, int rows, int lanes, int head_dim, float* packed) {
-    for (int d = 0; d < head_dim; ++d)
-      for (int r = 0; r < lanes; ++r) packed[d * lanes + r] = r < rows ? to_f32(q[r * stride + d]) : 0.f;
-  }
+    static void fill(Block* block, const Input* k, int64_t k_stride, const Input* v, int64_t v_stride, int rows,
+                     int head_dim) {
+        block->rows = rows;
+        if constexpr (kWiden) {
+            float* wide_v = block->wide + kBlock * head_dim;
+            for (int s = 0; s < rows; ++s)
+                for (int d = 0; d < head_dim; ++d) {
+                    block->wide[s * head_dim + d] = to_f32(k[s * k_stride + d]);
+                    wide_v[s * head_dim + d] = to_f32(v[s * v_stride + d]);
+                }
+            block->k = block->wide;
+            block->v = wide_v;
+            block->k_stride = block->v_stride = head_dim;
+        } else {
+            block->k = k;
+            block->v = v;
+            block->k_stride = k_stride;
+            block->v_stride = v_stride;
+        }
+    }
 
-  template <int NV>
-  static void scores(const Block& b, const float* q, int head_dim, float* out, typename V::F* peak) {
-    constexpr int kStep = NV * V::kWidth;
-    int s = 0;
-    for (; s + 6 <= b.rows; s += 6)
-      score_rows<V, NV, 6>(b.k + s * b.k_stride, b.k_stride, q, head_dim, out + s * kStep, peak);
-    for (; s + 2 <= b.rows; s += 2)
-      score_rows<V, NV, 2>(b.k + s * b.k_stride, b.k_stride, q, head_dim, out + s * kStep, peak);
-    if (s < b.rows) score_rows<V, NV, 1>(b.k + s * b.k_stride, b.k_stride, q, head_dim, out + s * kStep, peak);
-  }
+    // [channel][query]; lanes beyond the rows are zero, which is harmless and never read.
+    static void pack(const Input* q, int64_t stride, int rows, int lanes, int head_dim, float* packed) {
+        for (int d = 0; d < head_dim; ++d)
+            for (int r = 0; r < lanes; ++r) packed[d * lanes + r] = r < rows ? to_f32(q[r * stride + d]) : 0.f;
+    }
 
-  template <int NV>
-  static void weights(int rows, float* scores, typename V::F scale, const typename V::F* peak, typename V::F* sum) {
-    for (int j = 0; j < NV; ++j) sum[j] = V::set1(0.f);
-    for (int s = 0; s < rows; ++s)
-      for (int j = 0; j < NV; ++j, scores += V::kWidth) {
-        const typename V::F e = exp2_lanes<V>(V::fmsub(V::load(scores), scale, peak[j]));
-        sum[j] = V::add(sum[j], e);
-        V::store(scores, e);
-      }
-  }
+    template <int NV>
+    static void scores(const Block& b, const float* q, int head_dim, float* out, typename V::F* peak) {
+        constexpr int kStep = NV * V::kWidth;
+        int s = 0;
+        for (; s + 6 <= b.rows; s += 6)
+            score_rows<V, NV, 6>(b.k + s * b.k_stride, b.k_stride, q, head_dim, out + s * kStep, peak);
+        for (; s + 2 <= b.rows; s += 2)
+            score_rows<V, NV, 2>(b.k + s * b.k_stride, b.k_stride, q, head_dim, out + s * kStep, peak);
+        if (s < b.rows) score_rows<V, NV, 1>(b.k + s * b.k_stride, b.k_stride, q, head_dim, out + s * kStep, peak);
+    }
 
-  template <int NV>
-  static void values(const Block& b, const float* weights, int head_dim, float* out, const typename V::F* alpha) {
-    constexpr int kStep = NV * V::kWidth;
-    int d = 0;
-    for (; d + 6 <= head_dim; d += 6)
-      value_rows<V, NV, 6>(b.v + d, b.v_stride, b.rows, weights, out + d * kStep, alpha);
-    for (; d + 2 <= head_dim; d += 2)
-      value_rows<V, NV, 2>(b.v + d, b.v_stride, b.rows, weights, out + d * kStep, alpha);
-    if (d < head_dim) value_rows<V, NV, 1>(b.v + d, b.v_stride, b.rows, weights, out + d * kStep, alpha);
-  }
+    template <int NV>
+    static void weights(int rows, float* scores, typename V::F scale, const typename V::F* peak, typename V::F* sum) {
+        for (int j = 0; j < NV; ++j) sum[j] = V::set1(0.f);
+        for (int s = 0; s < rows; ++s)
+            for (int j = 0; j < NV; ++j, scores += V::kWidth) {
+                const typename V::F e = exp2_lanes<V>(V::fmsub(V::load(scores), scale, peak[j]));
+                sum[j] = V::add(sum[j], e);
+                V::store(scores, e);
+            }
+    }
+
+    template <int NV>
+    static void values(const Block& b, const float* weights, int head_dim, float* out, const typename V::F* alpha) {
+        constexpr int kStep = NV * V::kWidth;
+        int d = 0;
+        for (; d + 6 <= head_dim; d += 6)
+            value_rows<V, NV, 6>(b.v + d, b.v_stride, b.rows, weights, out + d * kStep, alpha);
+        for (; d + 2 <= head_dim; d += 2)
+            value_rows<V, NV, 2>(b.v + d, b.v_stride, b.rows, weights, out + d * kStep, alpha);
+        if (d < head_dim) value_rows<V, NV, 1>(b.v + d, b.v_stride, b.rows, weights, out + d * kStep, alpha);
+    }
 };
 
 }  // namespace

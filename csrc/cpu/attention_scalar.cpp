@@ -5,33 +5,31 @@ namespace avatar_rt::cpu {
 namespace {
 
 struct Baseline {
-  typedef float F __attribute__((vector_size(16)));
-  typedef int32_t I __attribute__((vector_size(16)));
-  static constexpr int kWidth = 4, kVectors = 2;
-  static F load(const float* p) {
-    F x;
-    std::memcpy(&x, p, sizeof x);
-    return x;
-  }
-  static void store(float* p, F x) { std::memcpy(p, &x, sizeof x); }
-  static F set1(float x) { return F{x, x, x, x}; }
-  static F add(F a, F b) { return a + b; }
-  static F sub(F a, F b) { return a - b; }
-  static F mul(F a, F b) { return a * b; }
-  static F div(F a, F b) { return a / b; }
-  static F fma(F a, F b, F c) { return a * b + c; }
-  static F fmsub(F a, F b, F c) { return a * b - c; }
-  static F max(F a, F b) {
-    const I left = a > b;
-    return reinterpret_cast<F>((reinterpret_cast<I>(a) & left) | (reinterpret_cast<I>(b) & ~left));
-  }
-  static F round(F x) {  // for |x| < 2^22: adding 1.5 * 2^23 leaves no room for a fraction
-    const F magic = set1(12582912.f);
-    return (x + magic) - magic;
-  }
-  static F scale2(F x, F n) {
-    return x * reinterpret_cast<F>((__builtin_convertvector(n, I) + 127) << 23);
-  }
+    typedef float F __attribute__((vector_size(16)));
+    typedef int32_t I __attribute__((vector_size(16)));
+    static constexpr int kWidth = 4, kVectors = 2;
+    static F load(const float* p) {
+        F x;
+        std::memcpy(&x, p, sizeof x);
+        return x;
+    }
+    static void store(float* p, F x) { std::memcpy(p, &x, sizeof x); }
+    static F set1(float x) { return F{x, x, x, x}; }
+    static F add(F a, F b) { return a + b; }
+    static F sub(F a, F b) { return a - b; }
+    static F mul(F a, F b) { return a * b; }
+    static F div(F a, F b) { return a / b; }
+    static F fma(F a, F b, F c) { return a * b + c; }
+    static F fmsub(F a, F b, F c) { return a * b - c; }
+    static F max(F a, F b) {
+        const I left = a > b;
+        return reinterpret_cast<F>((reinterpret_cast<I>(a) & left) | (reinterpret_cast<I>(b) & ~left));
+    }
+    static F round(F x) {  // for |x| < 2^22: adding 1.5 * 2^23 leaves no room for a fraction
+        const F magic = set1(12582912.f);
+        return (x + magic) - magic;
+    }
+    static F scale2(F x, F n) { return x * reinterpret_cast<F>((__builtin_convertvector(n, I) + 127) << 23); }
 };
 
 }  // namespace

@@ -20,166 +20,173 @@ constexpr int kBlock = 96;  // keys per softmax step: a multiple of the 6-row re
 constexpr int kTiles = 4;   // tiles that share one pass over the keys, so that each key block is read from cache
 
 inline float bf16_to_f32(uint16_t x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
+    const uint32_t bits = static_cast<uint32_t>(x) << 16;
+    float y;
+    std::memcpy(&y, &bits, 4);
+    return y;
 }
 
 inline uint16_t f32_to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);  // keep NaN a NaN
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);  // keep NaN a NaN
+    return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-inline float to_f32(float x) { return x; }
-inline float to_f32(uint16_t x) { return bf16_to_f32(x); }
-inline void from_f32(float x, float* y) { *y = x; }
-inline void from_f32(float x, uint16_t* y) { *y = f32_to_bf16(x); }
+inline float to_f32(float x) {
+    return x;
+}
+inline float to_f32(uint16_t x) {
+    return bf16_to_f32(x);
+}
+inline void from_f32(float x, float* y) {
+    *y = x;
+}
+inline void from_f32(float x, uint16_t* y) {
+    *y = f32_to_bf16(x);
+}
 
 // 2^x for x <= 0 (a little above is fine); below -126 it is 2^-126, which no sum in fp32 can see.
 template <class V>
 inline typename V::F exp2_lanes(typename V::F x) {
-  x = V::max(V::set1(-126.f), x);  // the second operand is what survives a NaN
-  const typename V::F n = V::round(x), f = V::sub(x, n);
-  typename V::F p = V::set1(1.534581243e-04f);
-  p = V::fma(p, f, V::set1(1.339993090e-03f));
-  p = V::fma(p, f, V::set1(9.618489072e-03f));
-  p = V::fma(p, f, V::set1(5.550328642e-02f));
-  p = V::fma(p, f, V::set1(2.402264625e-01f));
-  p = V::fma(p, f, V::set1(6.931471825e-01f));
-  p = V::fma(p, f, V::set1(1.f));
-  return V::scale2(p, n);
+    x = V::max(V::set1(-126.f), x);  // the second operand is what survives a NaN
+    const typename V::F n = V::round(x), f = V::sub(x, n);
+    typename V::F p = V::set1(1.534581243e-04f);
+    p = V::fma(p, f, V::set1(1.339993090e-03f));
+    p = V::fma(p, f, V::set1(9.618489072e-03f));
+    p = V::fma(p, f, V::set1(5.550328642e-02f));
+    p = V::fma(p, f, V::set1(2.402264625e-01f));
+    p = V::fma(p, f, V::set1(6.931471825e-01f));
+    p = V::fma(p, f, V::set1(1.f));
+    return V::scale2(p, n);
 }
 
 // Per tile: packed queries, transposed output sums, and per query the running maximum (times scale_log2) and sum.
 template <class P>
 struct Tile {
-  typename P::PackedQ* q;
-  float *out, *peak, *sum;
-  int rows, vectors;
+    typename P::PackedQ* q;
+    float *out, *peak, *sum;
+    int rows, vectors;
 };
 
 template <class P>
 struct Scratch {
-  typename P::Block block;
-  float* scores;
-  Tile<P> tiles[kTiles];
+    typename P::Block block;
+    float* scores;
+    Tile<P> tiles[kTiles];
 
-  static constexpr int kLanes = P::V::kVectors * P::V::kWidth;
-  static size_t round_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
-  static size_t bytes(int head_dim) {
-    const size_t lanes = kLanes * sizeof(float), d = static_cast<size_t>(head_dim);
-    return P::block_bytes(head_dim) + kBlock * lanes + kTiles * (2 * round_up(d * lanes) + 2 * lanes);
-  }
+    static constexpr int kLanes = P::V::kVectors * P::V::kWidth;
 
-  Scratch(void* memory, int head_dim) {
-    char* at = static_cast<char*>(memory);
-    auto take = [&at](size_t size) {
-      char* here = at;
-      at += round_up(size);
-      return reinterpret_cast<float*>(here);
-    };
-    const size_t lanes = kLanes * sizeof(float), d = static_cast<size_t>(head_dim);
-    P::place(&block, take(P::block_bytes(head_dim)), head_dim);
-    scores = take(kBlock * lanes);
-    for (Tile<P>& t : tiles) {
-      t.q = reinterpret_cast<typename P::PackedQ*>(take(d * lanes));
-      t.out = take(d * lanes);
-      t.peak = take(lanes);
-      t.sum = take(lanes);
+    // What placing everything in no memory at all comes to, so that size and layout cannot disagree.
+    static size_t bytes(int head_dim) { return Scratch(nullptr, head_dim).size; }
+
+    size_t size = 0;
+
+    Scratch(void* memory, int head_dim) {
+        auto take = [&](size_t bytes) {
+            char* here = memory ? static_cast<char*>(memory) + size : nullptr;
+            size += (bytes + 63) / 64 * 64;
+            return reinterpret_cast<float*>(here);
+        };
+        const size_t lanes = kLanes * sizeof(float), d = static_cast<size_t>(head_dim);
+        P::place(&block, take(P::block_bytes(head_dim)));
+        scores = take(kBlock * lanes);
+        for (Tile<P>& t : tiles) {
+            t.q = reinterpret_cast<typename P::PackedQ*>(take(d * lanes));
+            t.out = take(d * lanes);
+            t.peak = take(lanes);
+            t.sum = take(lanes);
+        }
     }
-  }
 };
 
 // Scores of a key block against one tile, softmax step, and the weighted sum of the block's values.
 template <class P, int NV>
 void step(const typename P::Block& block, const Tile<P>& t, int head_dim, float scale_log2, bool first, float* scores) {
-  using V = typename P::V;
-  using F = typename V::F;
-  constexpr int W = V::kWidth;
-  F peak[NV], alpha[NV], sum[NV], old[NV];
-  for (int j = 0; j < NV; ++j) peak[j] = V::set1(-INFINITY);
-  P::template scores<NV>(block, t.q, head_dim, scores, peak);
-  for (int j = 0; j < NV; ++j) {
-    old[j] = V::load(t.peak + j * W);
-    peak[j] = V::mul(peak[j], V::set1(scale_log2));
-    if (!first) peak[j] = V::max(old[j], peak[j]);
-    V::store(t.peak + j * W, peak[j]);
-    alpha[j] = first ? V::set1(0.f) : exp2_lanes<V>(V::sub(old[j], peak[j]));
-  }
-  P::template weights<NV>(block.rows, scores, V::set1(scale_log2), peak, sum);
-  for (int j = 0; j < NV; ++j) {
-    const F before = first ? V::set1(0.f) : V::load(t.sum + j * W);
-    V::store(t.sum + j * W, V::fma(before, alpha[j], sum[j]));
-  }
-  P::template values<NV>(block, scores, head_dim, t.out, first ? nullptr : alpha);
+    using V = typename P::V;
+    using F = typename V::F;
+    constexpr int W = V::kWidth;
+    F peak[NV], alpha[NV], sum[NV], old[NV];
+    for (int j = 0; j < NV; ++j) peak[j] = V::set1(-INFINITY);
+    P::template scores<NV>(block, t.q, head_dim, scores, peak);
+    for (int j = 0; j < NV; ++j) {
+        old[j] = V::load(t.peak + j * W);
+        peak[j] = V::mul(peak[j], V::set1(scale_log2));
+        if (!first) peak[j] = V::max(old[j], peak[j]);
+        V::store(t.peak + j * W, peak[j]);
+        alpha[j] = first ? V::set1(0.f) : exp2_lanes<V>(V::sub(old[j], peak[j]));
+    }
+    P::template weights<NV>(block.rows, scores, V::set1(scale_log2), peak, sum);
+    for (int j = 0; j < NV; ++j) {
+        const F before = first ? V::set1(0.f) : V::load(t.sum + j * W);
+        V::store(t.sum + j * W, V::fma(before, alpha[j], sum[j]));
+    }
+    P::template values<NV>(block, scores, head_dim, t.out, first ? nullptr : alpha);
 }
 
 template <class P>
 void step_any(const typename P::Block& block, const Tile<P>& t, int head_dim, float scale_log2, bool first, float* s) {
-  switch (t.vectors) {
-    case 1:
-      return step<P, 1>(block, t, head_dim, scale_log2, first, s);
-    case 2:
-      return step<P, 2>(block, t, head_dim, scale_log2, first, s);
-    case 3:
-      if constexpr (P::V::kVectors > 2) return step<P, 3>(block, t, head_dim, scale_log2, first, s);
-      break;
-    case 4:
-      if constexpr (P::V::kVectors > 2) return step<P, 4>(block, t, head_dim, scale_log2, first, s);
-      break;
-  }
+    switch (t.vectors) {
+        case 1:
+            return step<P, 1>(block, t, head_dim, scale_log2, first, s);
+        case 2:
+            return step<P, 2>(block, t, head_dim, scale_log2, first, s);
+        case 3:
+            if constexpr (P::V::kVectors > 2) return step<P, 3>(block, t, head_dim, scale_log2, first, s);
+            break;
+        case 4:
+            if constexpr (P::V::kVectors > 2) return step<P, 4>(block, t, head_dim, scale_log2, first, s);
+            break;
+    }
 }
 
 // Divide by the sums and turn the tile back to rows.
 template <class P>
 void finish(const Tile<P>& t, const AttentionJob& job, int first_row) {
-  using V = typename P::V;
-  using E = typename P::Element;
-  const int lanes = t.vectors * V::kWidth;
-  for (int d = 0; d < job.head_dim; ++d)
-    for (int j = 0; j < lanes; j += V::kWidth)
-      V::store(t.out + d * lanes + j, V::div(V::load(t.out + d * lanes + j), V::load(t.sum + j)));
-  for (int r = 0; r < t.rows; ++r) {
-    E* row = static_cast<E*>(job.out) + (first_row + r) * job.out_stride;
-    for (int d = 0; d < job.head_dim; ++d) from_f32(t.out[d * lanes + r], row + d);
-    if (job.lse) job.lse[first_row + r] = 0.693147181f * t.peak[r] + logf(t.sum[r]);
-  }
+    using V = typename P::V;
+    using E = typename P::Element;
+    const int lanes = t.vectors * V::kWidth;
+    for (int d = 0; d < job.head_dim; ++d)
+        for (int j = 0; j < lanes; j += V::kWidth)
+            V::store(t.out + d * lanes + j, V::div(V::load(t.out + d * lanes + j), V::load(t.sum + j)));
+    for (int r = 0; r < t.rows; ++r) {
+        E* row = static_cast<E*>(job.out) + (first_row + r) * job.out_stride;
+        for (int d = 0; d < job.head_dim; ++d) from_f32(t.out[d * lanes + r], row + d);
+        if (job.lse) job.lse[first_row + r] = 0.693147181f * t.peak[r] + logf(t.sum[r]);
+    }
 }
 
 template <class P>
 void run(const AttentionJob& job, void* memory) {
-  using E = typename P::Element;
-  Scratch<P> scratch(memory, job.head_dim);
-  constexpr int W = P::V::kWidth, kLanes = Scratch<P>::kLanes;
-  const int num_tiles = (job.rows + kLanes - 1) / kLanes;
-  for (int i = 0; i < num_tiles; ++i) {
-    Tile<P>& t = scratch.tiles[i];
-    t.rows = job.rows - i * kLanes < kLanes ? job.rows - i * kLanes : kLanes;
-    t.vectors = (t.rows + W - 1) / W;
-    P::pack(static_cast<const E*>(job.q) + i * kLanes * job.q_stride, job.q_stride, t.rows, t.vectors * W,
-            job.head_dim, t.q);
-  }
-  bool first = true;
-  for (int g = 0; g < job.num_ranges; ++g) {
-    const KeyRange& range = job.ranges[g];
-    for (int64_t at = 0; at < range.rows; at += kBlock) {
-      const int rows = static_cast<int>(range.rows - at < kBlock ? range.rows - at : kBlock);
-      P::fill(&scratch.block, static_cast<const E*>(range.k) + at * range.k_stride, range.k_stride,
-              static_cast<const E*>(range.v) + at * range.v_stride, range.v_stride, rows, job.head_dim);
-      for (int i = 0; i < num_tiles; ++i)
-        step_any<P>(scratch.block, scratch.tiles[i], job.head_dim, job.scale_log2, first, scratch.scores);
-      first = false;
+    using E = typename P::Element;
+    Scratch<P> scratch(memory, job.head_dim);
+    constexpr int W = P::V::kWidth, kLanes = Scratch<P>::kLanes;
+    const int num_tiles = (job.rows + kLanes - 1) / kLanes;
+    for (int i = 0; i < num_tiles; ++i) {
+        Tile<P>& t = scratch.tiles[i];
+        t.rows = job.rows - i * kLanes < kLanes ? job.rows - i * kLanes : kLanes;
+        t.vectors = (t.rows + W - 1) / W;
+        P::pack(static_cast<const E*>(job.q) + i * kLanes * job.q_stride, job.q_stride, t.rows, t.vectors * W,
+                job.head_dim, t.q);
     }
-  }
-  for (int i = 0; i < num_tiles; ++i) finish<P>(scratch.tiles[i], job, i * kLanes);
+    bool first = true;
+    for (int g = 0; g < job.num_ranges; ++g) {
+        const KeyRange& range = job.ranges[g];
+        for (int64_t at = 0; at < range.rows; at += kBlock) {
+            const int rows = static_cast<int>(range.rows - at < kBlock ? range.rows - at : kBlock);
+            P::fill(&scratch.block, static_cast<const E*>(range.k) + at * range.k_stride, range.k_stride,
+                    static_cast<const E*>(range.v) + at * range.v_stride, range.v_stride, rows, job.head_dim);
+            for (int i = 0; i < num_tiles; ++i)
+                step_any<P>(scratch.block, scratch.tiles[i], job.head_dim, job.scale_log2, first, scratch.scores);
+            first = false;
+        }
+    }
+    for (int i = 0; i < num_tiles; ++i) finish<P>(scratch.tiles[i], job, i * kLanes);
 }
 
 template <class P>
 constexpr AttentionKernel make_kernel() {
-  return {Scratch<P>::kLanes, Scratch<P>::kLanes * kTiles, &Scratch<P>::bytes, &run<P>};
+    return {Scratch<P>::kLanes, Scratch<P>::kLanes * kTiles, &Scratch<P>::bytes, &run<P>};
 }
 
 }  // namespace

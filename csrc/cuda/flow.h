@@ -7,12 +7,12 @@
 namespace avatar_rt::cuda {
 
 struct FlowStepArgs {
-  const void* z;
-  const void* velocity;
-  void* out;
-  int64_t count;
-  float dt;
-  bool bf16;  // else fp32
+    const void* z;
+    const void* velocity;
+    void* out;
+    int64_t count;
+    float dt;
+    bool bf16;  // else fp32
 };
 
 // Launches on `stream` (a cudaStream_t); allocates nothing and waits for nothing. Returns the cudaError_t.

@@ -23,32 +23,32 @@ extern "C" {
 #define AVATAR_RT_ABI_VERSION 1
 
 typedef enum avatar_rt_status {
-  AVATAR_RT_OK = 0,
-  AVATAR_RT_INPUT_ERROR = 1,      /* an argument is wrong */
-  AVATAR_RT_UNSUPPORTED_ERROR = 2 /* the call is right but this build or machine cannot run it */
+    AVATAR_RT_OK = 0,
+    AVATAR_RT_INPUT_ERROR = 1,      /* an argument is wrong */
+    AVATAR_RT_UNSUPPORTED_ERROR = 2 /* the call is right but this build or machine cannot run it */
 } avatar_rt_status;
 
 typedef enum avatar_rt_dtype { AVATAR_RT_F32 = 0, AVATAR_RT_BF16 = 1 } avatar_rt_dtype;
 
 /* A tensor [batch, rows, heads, head_dim]: head_dim contiguous, other strides free and in elements. */
 typedef struct avatar_rt_view {
-  const void* data;
-  int64_t rows, batch_stride, row_stride, head_stride;
+    const void* data;
+    int64_t rows, batch_stride, row_stride, head_stride;
 } avatar_rt_view;
 
 /* out = attention of q over the rows of [k ; ref_k] under one softmax. */
 typedef struct avatar_rt_attention_args {
-  size_t struct_size; /* sizeof(avatar_rt_attention_args) */
-  avatar_rt_dtype dtype;
-  int64_t batch, heads, head_dim; /* head_dim at most 256 */
-  avatar_rt_view q;
-  avatar_rt_view k, v;         /* fresh rows; rows 0: none */
-  avatar_rt_view ref_k, ref_v; /* reference rows; rows 0: none */
-  void* out;                   /* [batch, q.rows, heads, head_dim], contiguous */
-  float* lse;                  /* [batch, heads, q.rows], natural log; NULL: not wanted */
-  float scale;                 /* 0: 1 / sqrt(head_dim) */
-  int64_t num_frames, radius;  /* above one frame: a query sees fresh rows of frames within radius of its own */
-  int32_t num_threads;         /* the result does not depend on it */
+    size_t struct_size; /* sizeof(avatar_rt_attention_args) */
+    avatar_rt_dtype dtype;
+    int64_t batch, heads, head_dim; /* head_dim at most 256 */
+    avatar_rt_view q;
+    avatar_rt_view k, v;         /* fresh rows; rows 0: none */
+    avatar_rt_view ref_k, ref_v; /* reference rows; rows 0: none */
+    void* out;                   /* [batch, q.rows, heads, head_dim], contiguous */
+    float* lse;                  /* [batch, heads, q.rows], natural log; NULL: not wanted */
+    float scale;                 /* 0: 1 / sqrt(head_dim) */
+    int64_t num_frames, radius;  /* above one frame: a query sees fresh rows of frames within radius of its own */
+    int32_t num_threads;         /* the result does not depend on it */
 } avatar_rt_attention_args;
 
 AVATAR_RT_API int32_t avatar_rt_abi_version(void);
