@@ -40,7 +40,9 @@ class Progress:
         elif done and (now - self.printed > 2 or done == total):
             self.printed = now
             left = (total - done) / rate
-            print(f"{self.label}: {done}/{total} frames, {rate:.1f} fps, {left:.0f} s left", file=sys.stderr, flush=True)
+            print(
+                f"{self.label}: {done}/{total} frames, {rate:.1f} fps, {left:.0f} s left", file=sys.stderr, flush=True
+            )
 
     def stop(self) -> None:
         if self.bar is not None:
@@ -77,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--reference-scale", type=float, help="guidance towards the reference; 1 is off")
     generate.add_argument("--audio-scale", type=float, help="guidance towards the speech; 1 is off")
     generate.add_argument("--sheet", type=Path, help="also write a contact sheet, .png")
-    demo = commands.add_parser("demo", parents=[common], help="generate from the shipped samples: OUT/demo.mp4, demo.png")
+    demo = commands.add_parser(
+        "demo", parents=[common], help="generate from the shipped samples: OUT/demo.mp4, demo.png"
+    )
     demo.add_argument("--out", type=Path, default=Path("out"), help="folder (default: %(default)s)")
     return parser
 

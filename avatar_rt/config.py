@@ -71,7 +71,9 @@ class DiTConfig:
     def __post_init__(self) -> None:
         for name in ("dim", "ffn_dim", "num_heads", "num_layers"):
             _check(getattr(self, name) > 0, f"{name}: expected more than 0, got {getattr(self, name)}")
-        _check(self.dim % self.num_heads == 0, f"dim: expected a multiple of num_heads={self.num_heads}, got {self.dim}")
+        _check(
+            self.dim % self.num_heads == 0, f"dim: expected a multiple of num_heads={self.num_heads}, got {self.dim}"
+        )
         _check(self.head_dim % 2 == 0, f"dim: expected an even head size, got {self.head_dim}")
         _check(self.patch[0] == 1, f"patch: expected 1 in time, got {self.patch}")
         patterns = ("full", "frame", "window")
@@ -79,8 +81,10 @@ class DiTConfig:
             self.reference_pattern in patterns,
             f"reference_pattern: expected one of {', '.join(patterns)}, got {self.reference_pattern!r}",
         )
-        _check(bool(self.audio_dim) == bool(self.reference_audio_dim) or not self.reference,
-               "reference_audio_dim: expected both sides' audio on, or both off")
+        _check(
+            bool(self.audio_dim) == bool(self.reference_audio_dim) or not self.reference,
+            "reference_audio_dim: expected both sides' audio on, or both off",
+        )
 
     @property
     def head_dim(self) -> int:
@@ -215,8 +219,10 @@ class AvatarConfig:
         for axis in ("height", "width"):
             size = getattr(self, axis)
             _check(size > 0 and size % step == 0, f"{axis}: expected a multiple of {step}, got {size}")
-        _check(0 <= self.chunk.overlap < self.chunk.latents,
-               f"chunk.overlap: expected less than chunk.latents={self.chunk.latents}, got {self.chunk.overlap}")
+        _check(
+            0 <= self.chunk.overlap < self.chunk.latents,
+            f"chunk.overlap: expected less than chunk.latents={self.chunk.latents}, got {self.chunk.overlap}",
+        )
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -242,8 +248,13 @@ class AvatarConfig:
 
 
 _NESTED = {
-    "dit": DiTConfig, "vae": VAEConfig, "speech": SpeechConfig, "motion": MotionConfig,
-    "text": TextConfig, "chunk": ChunkConfig, "sampling": SamplingConfig,
+    "dit": DiTConfig,
+    "vae": VAEConfig,
+    "speech": SpeechConfig,
+    "motion": MotionConfig,
+    "text": TextConfig,
+    "chunk": ChunkConfig,
+    "sampling": SamplingConfig,
 }
 
 
@@ -266,7 +277,10 @@ def _build(cls: type, raw: Any, where: str) -> Any:
     _check(isinstance(raw, dict), f"{where}: expected an object, got {type(raw).__name__}")
     names = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(raw) - names)
-    _check(not unknown, f"{where}: unknown key {unknown[0] if unknown else ''!r}, expected one of {', '.join(sorted(names))}")
+    _check(
+        not unknown,
+        f"{where}: unknown key {unknown[0] if unknown else ''!r}, expected one of {', '.join(sorted(names))}",
+    )
     values, hints = {}, typing.get_type_hints(cls)
     for key, value in raw.items():
         if cls is AvatarConfig and key in _NESTED:
@@ -291,18 +305,65 @@ def frames_of_latents(num_latents: int) -> int:
 
 
 _WAN_VAE = VAEConfig(
-    latent_mean=(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-                 0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
-    latent_std=(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-                3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+    latent_mean=(
+        -0.7571,
+        -0.7089,
+        -0.9113,
+        0.1075,
+        -0.1745,
+        0.9653,
+        -0.1517,
+        1.5508,
+        0.4134,
+        -0.0715,
+        0.5517,
+        -0.3632,
+        -0.1922,
+        -0.9497,
+        0.2503,
+        -0.2921,
+    ),
+    latent_std=(
+        2.8184,
+        1.4541,
+        2.3275,
+        2.6558,
+        1.2196,
+        1.7708,
+        2.6052,
+        2.0743,
+        3.2687,
+        2.1526,
+        2.8652,
+        1.5579,
+        1.6382,
+        1.1253,
+        2.8251,
+        1.9160,
+    ),
 )  # published with Wan 2.1's VAE
 
 PRESETS: dict[str, AvatarConfig] = {
     "tiny": AvatarConfig(
-        name="tiny", height=64, width=64, output_scale=4,
-        dit=DiTConfig(dim=256, ffn_dim=512, num_heads=4, num_layers=5, text_dim=64, text_len=16, mask_channels=2,
-                      reference=True, anchor=True, audio_dim=128, reference_audio_dim=128, audio_adapter_dim=32,
-                      motion_dim=4 * MOTION_CHANNELS),
+        name="tiny",
+        height=64,
+        width=64,
+        output_scale=4,
+        dit=DiTConfig(
+            dim=256,
+            ffn_dim=512,
+            num_heads=4,
+            num_layers=5,
+            text_dim=64,
+            text_len=16,
+            mask_channels=2,
+            reference=True,
+            anchor=True,
+            audio_dim=128,
+            reference_audio_dim=128,
+            audio_adapter_dim=32,
+            motion_dim=4 * MOTION_CHANNELS,
+        ),
         vae=VAEConfig(base_dim=32, dim_mult=(1, 2, 4), num_res_blocks=1, temporal_downsample=(True, True), patch=2),
         text=TextConfig(dim=64, length=16, buckets=2048),
         chunk=ChunkConfig(latents=8, overlap=2),
@@ -310,15 +371,41 @@ PRESETS: dict[str, AvatarConfig] = {
         reference_latents=8,
     ),
     "wan_1_3b": AvatarConfig(
-        name="wan_1_3b", height=480, width=832,
-        dit=DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, mask_channels=2, reference=True, anchor=True,
-                      audio_dim=8192, reference_audio_dim=2048, audio_adapter_dim=256, motion_dim=4 * MOTION_CHANNELS),
+        name="wan_1_3b",
+        height=480,
+        width=832,
+        dit=DiTConfig(
+            dim=1536,
+            ffn_dim=8960,
+            num_heads=12,
+            num_layers=30,
+            mask_channels=2,
+            reference=True,
+            anchor=True,
+            audio_dim=8192,
+            reference_audio_dim=2048,
+            audio_adapter_dim=256,
+            motion_dim=4 * MOTION_CHANNELS,
+        ),
         vae=_WAN_VAE,
     ),
     "tavr_14b": AvatarConfig(
-        name="tavr_14b", height=480, width=896,
-        dit=DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, mask_channels=2, rope_spatial_stride=1.5,
-                      reference=True, anchor=True, audio_dim=8192, reference_audio_dim=2048, audio_adapter_dim=256),
+        name="tavr_14b",
+        height=480,
+        width=896,
+        dit=DiTConfig(
+            dim=5120,
+            ffn_dim=13824,
+            num_heads=40,
+            num_layers=40,
+            mask_channels=2,
+            rope_spatial_stride=1.5,
+            reference=True,
+            anchor=True,
+            audio_dim=8192,
+            reference_audio_dim=2048,
+            audio_adapter_dim=256,
+        ),
         vae=_WAN_VAE,
         sampling=SamplingConfig(steps=24, shift=5.0, audio_scale=1.8, text_scale=5.0),
     ),

@@ -1,4 +1,4 @@
-"""The engine: ``AvatarEngine`` holds weights and is shared; ``Session`` holds one stream's state. The loop is on one screen."""
+"""``AvatarEngine`` holds weights and is shared; ``Session`` holds one stream's state and its loop, on one screen."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from avatar_rt.config import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, SamplingConfig
 from avatar_rt.errors import InputError, UnsupportedError
 from avatar_rt.media.audio import Speech, normalise_loudness, read_audio
-from avatar_rt.media.face import crop_face, track_face
-from avatar_rt.media.reader import read_image, read_video
+from avatar_rt.media.face import crop_face, read_face, track_face
+from avatar_rt.media.reader import read_image
 from avatar_rt.media.writer import VideoWriter, check_output
 from avatar_rt.models.dit import VideoRefDiT
 from avatar_rt.models.motion import MotionEncoder
@@ -35,7 +36,8 @@ from avatar_rt.runtime.manifest import open_bundle, shipped_bundle
 from avatar_rt.scene.image import blank_head, latent_mask
 
 Path_ = str | os.PathLike[str]
-MAX_REFERENCE_SECONDS = 60.0
+M = TypeVar("M", bound=nn.Module)
+MAX_REFERENCE_SECONDS = 10.0  # a longer clip is read no further
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def _bf16_is_native(device: torch.device) -> bool:
     return bool(query and query())
 
 
-def _load(module: nn.Module, path: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def _load(module: M, path: Path, dtype: torch.dtype, device: torch.device) -> M:
     load_weights(module, path, dtype=dtype)
     return module.eval().requires_grad_(False).to(device)
 
@@ -122,7 +124,9 @@ class AvatarEngine:
         return Scene(latent, mask[None, None, None])
 
     @torch.inference_mode()
-    def prepare(self, video: Path_ | np.ndarray, *, sound: np.ndarray | None = None, cropped: bool = False) -> Reference:
+    def prepare(
+        self, video: Path_ | np.ndarray, *, sound: np.ndarray | None = None, cropped: bool = False
+    ) -> Reference:
         """Everything of a person that does not depend on a request: read, crop, encode, K/V. Done once.
 
         Args:
@@ -132,15 +136,14 @@ class AvatarEngine:
 
         Raises: InputError when there is no readable video or no face in it.
         """
-        name = "the given frames"
-        if not isinstance(video, np.ndarray):
-            clip = read_video(video, max_seconds=MAX_REFERENCE_SECONDS)
-            video, sound, name = clip.frames, clip.audio, str(clip.path)
         cfg = self.config
-        if cropped:
+        if not isinstance(video, np.ndarray):
+            clip = read_face(video, cfg.height, max_seconds=MAX_REFERENCE_SECONDS)
+            frames, sound = clip.frames, clip.audio
+        elif cropped:
             frames = np.stack([_fit(f, cfg.height, cfg.width) for f in video])
         else:
-            frames = crop_face(video, track_face(video, name=name), cfg.height)
+            frames = crop_face(video, track_face(video, name="the given frames"), cfg.height)
         wave = normalise_loudness(sound, SAMPLE_RATE) if sound is not None and len(sound) else None
         context = read_reference(frames, wave, self.embed_text(), cfg, self.vae, self.speech, self.motion)
         cache = encode_reference(self.dit, context)
@@ -150,14 +153,21 @@ class AvatarEngine:
     # ---- generation ------------------------------------------------------------------------------------------------
 
     def session(
-        self, reference: Reference, *, scene: Path_ | np.ndarray | None = None, prompt: str = "", seed: int = 0,
-        steps: int | None = None, reference_scale: float | None = None, audio_scale: float | None = None,
+        self,
+        reference: Reference,
+        *,
+        scene: Path_ | np.ndarray | None = None,
+        prompt: str = "",
+        seed: int = 0,
+        steps: int | None = None,
+        reference_scale: float | None = None,
+        audio_scale: float | None = None,
         use_cache: bool = True,
     ) -> Session:
-        """A new stream. ``scene`` None is the reference's own; ``use_cache=False`` recomputes the reference each pass."""
+        """A new stream. ``scene`` None: the reference's own; ``use_cache=False``: recompute the reference each pass."""
         if reference.weights_hash != self.bundle.weights_hash:
             raise InputError("reference: it was prepared with other weights; prepare it again with this engine")
-        given = {"steps": steps, "reference_scale": reference_scale, "audio_scale": audio_scale}
+        given: dict[str, Any] = {"steps": steps, "reference_scale": reference_scale, "audio_scale": audio_scale}
         sampling = dataclasses.replace(self.config.sampling, **{k: v for k, v in given.items() if v is not None})
         place = reference.scene
         if scene is not None:
@@ -166,8 +176,14 @@ class AvatarEngine:
         return Session(self, reference, place, prompt, seed, sampling, use_cache)
 
     def generate(
-        self, reference: Path_ | Reference, speech: Path_, output: Path_, *, seconds: float | None = None,
-        progress: Callable[[int, int], None] = lambda done, total: None, **options: object,
+        self,
+        reference: Path_ | Reference,
+        speech: Path_,
+        output: Path_,
+        *,
+        seconds: float | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        **options: Any,
     ) -> Path:
         """Reference video and speech file in, talking video out; nothing is left at ``output`` when it fails.
 
@@ -182,7 +198,7 @@ class AvatarEngine:
             sound = _cut(sound, seconds)
         if not isinstance(reference, Reference):
             reference = self.prepare(reference)
-        session = self.session(reference, **options)  # type: ignore[arg-type]
+        session = self.session(reference, **options)
         session.push_audio(normalise_loudness(sound.samples, SAMPLE_RATE))
         session.end_audio()
         total, done = session.total_frames, 0
@@ -200,8 +216,14 @@ class Session:
     """One stream: sound goes in, frames come out. Holds the chunk state and the decoder's, and nothing else grows."""
 
     def __init__(
-        self, engine: AvatarEngine, reference: Reference, scene: Scene, prompt: str, seed: int,
-        sampling: SamplingConfig, use_cache: bool,
+        self,
+        engine: AvatarEngine,
+        reference: Reference,
+        scene: Scene,
+        prompt: str,
+        seed: int,
+        sampling: SamplingConfig,
+        use_cache: bool,
     ) -> None:
         self.engine, self.reference, self.scene = engine, reference, scene
         cfg = engine.config
@@ -248,7 +270,7 @@ class Session:
     def frames(self) -> Iterator[np.ndarray]:
         """Yields frames uint8 [n, H, W, 3] chunk by chunk while the pushed sound lasts."""
         engine, cfg, per = self.engine, self.engine.config, self.engine.config.dit.audio_per_latent
-        state, decoder, index, emitted = ChunkState(), None, 0, 0
+        state, decoder, index, emitted = ChunkState(), (), 0, 0
         while emitted < self.total_frames and not self._cancelled.is_set():
             plan = self.schedule.plan(index)
             first, last = max(per * (plan.start - 1) + 1, 0), per * (plan.start + plan.latents - 1)
@@ -263,7 +285,7 @@ class Session:
             if result is None:
                 return
             chunk, state = result
-            pictures, decoder = decode_chunk(engine.vae, chunk, decoder, cfg.output_scale)
+            pictures, decoder = decode_chunk(engine.vae, chunk, decoder or None, cfg.output_scale)
             frames = pictures.frames[: self.total_frames - emitted].cpu().numpy()
             emitted, index = emitted + len(frames), index + 1
             yield frames

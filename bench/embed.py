@@ -42,7 +42,7 @@ class FaceEmbedder:
                 return None
             rect = max(found, key=lambda r: r.area())
         else:
-            rect = self.dlib.rectangle(*(int(round(v * scale)) for v in box))
+            rect = self.dlib.rectangle(*(round(float(v) * scale) for v in box))
         chip = self.dlib.get_face_chip(image, self.shape(image, rect), size=CHIP)
         v = np.array(self.net.compute_face_descriptor(chip))
         return v / np.linalg.norm(v)

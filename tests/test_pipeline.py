@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ def _shift(t: float, s: float) -> float:
 def test_times_run_from_noise_to_data() -> None:
     times = flow_times(7, 3.0)
     assert times[0] == 1.0 and times[-1] == 0.0 and len(times) == 8
-    assert all(a > b for a, b in zip(times, times[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(times))
     assert flow_times(4, 1.0) == [1.0, 0.75, 0.5, 0.25, 0.0]
     with pytest.raises(InputError, match="steps: expected at least 1, got 0"):
         flow_times(0, 3.0)
@@ -35,7 +37,7 @@ def _solved(steps: int, mean: float, std: float) -> tuple[float, float]:
     """Mean and deviation that Euler reaches from noise with the closed-form velocity of N(mean, std^2) data."""
     z = torch.randn(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     times = flow_times(steps, 3.0)
-    for t, t_next in zip(times, times[1:], strict=False):
+    for t, t_next in itertools.pairwise(times):
         noise = (z - (1 - t) * mean) / (((1 - t) * std) ** 2 + t**2)
         z = ops.flow_step(z, t * noise - (mean + (1 - t) * std**2 * noise), t, t_next)
     return float(z.mean()), float(z.std())

@@ -45,8 +45,9 @@ def make_optimisers(module: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     groups = [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimisers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas)]
     if muon:
-        optimisers.append(torch.optim.Muon(muon, lr=recipe.muon_lr, weight_decay=recipe.weight_decay,
-                                           adjust_lr_fn="match_rms_adamw"))
+        optimisers.append(
+            torch.optim.Muon(muon, lr=recipe.muon_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
     if convs:
         optimisers.append(ConvMuon(convs, recipe.conv_muon_lr, weight_decay=recipe.weight_decay))
     for optimiser in optimisers:

@@ -80,7 +80,15 @@ class VideoRefDiT(nn.Module):
             rows = torch.cat([rows, token[:, :, None]], dim=2)
         return rows.flatten(1, 2), grid
 
-    def _positions(self, grid: tuple[int, int, int], start: float, scale: tuple[float, float], motion: bool, device: torch.device) -> Tensor:
+    def _positions(
+        self,
+        grid: tuple[int, int, int],
+        device: torch.device,
+        *,
+        motion: bool,
+        start: float = 0.0,
+        scale: tuple[float, float] = (1.0, 1.0),
+    ) -> Tensor:
         """[T * S, 3] fp64 time, height, width; a motion token sits at the middle of its frame."""
         frames, height, width = grid
         stride = self.cfg.rope_spatial_stride
@@ -103,7 +111,8 @@ class VideoRefDiT(nn.Module):
         if offset is not None:
             e = e + offset.float()
         if motion is not None:
-            e = e + nn.functional.pad(linear_fp32(self.motion_injection, motion), (0, 0, 0, e.shape[1] - motion.shape[1]))
+            injected = linear_fp32(self.motion_injection, motion)
+            e = e + nn.functional.pad(injected, (0, 0, 0, e.shape[1] - motion.shape[1]))
         return e, linear_fp32(self.time_projection[1], nn.functional.silu(e)).unflatten(-1, (6, -1))
 
     def _text(self, text: Tensor) -> Tensor:
@@ -126,8 +135,14 @@ class VideoRefDiT(nn.Module):
     # ---- reference side ------------------------------------------------------------------------------------------
 
     def encode_reference(
-        self, latents: Tensor, text: Tensor, audio: Tensor | None = None, motion: Tensor | None = None, *,
-        rows: Tensor | None = None, scale: tuple[float, float] = (1.0, 1.0),
+        self,
+        latents: Tensor,
+        text: Tensor,
+        audio: Tensor | None = None,
+        motion: Tensor | None = None,
+        *,
+        rows: Tensor | None = None,
+        scale: tuple[float, float] = (1.0, 1.0),
     ) -> tuple[Tensor, Tensor]:
         """K and V of the reference rows in every block, computed once per (reference, weights).
 
@@ -149,11 +164,11 @@ class VideoRefDiT(nn.Module):
         has_motion = bool(cfg.motion_dim)
         size = patches + has_motion
         index = torch.arange(frames, device=x.device).repeat_interleave(size)
-        position = self._positions(grid, cfg.reference_rope_offset, scale, has_motion, x.device)
+        position = self._positions(grid, x.device, motion=has_motion, start=cfg.reference_rope_offset, scale=scale)
         full_rows = x.shape[1]
         if rows is not None:
             if cfg.reference_pattern != "full":
-                raise InputError(f"rows: expected reference_pattern 'full' when rows are dropped, got {cfg.reference_pattern!r}")
+                raise InputError(f"rows: expected reference_pattern 'full', got {cfg.reference_pattern!r}")
             keep = torch.zeros(frames, size, dtype=torch.bool, device=x.device)
             keep[:, patches:] = True
             keep[rows // patches, rows % patches] = True
@@ -179,9 +194,18 @@ class VideoRefDiT(nn.Module):
     # ---- generated side ------------------------------------------------------------------------------------------
 
     def forward(
-        self, latents: Tensor, t: Tensor, text: Tensor, audio: Tensor | None = None, *,
-        anchor: Tensor | None = None, anchor_t: Tensor | None = None, anchor_rows: Tensor | None = None,
-        motion: Tensor | None = None, ref_k: Tensor | None = None, ref_v: Tensor | None = None,
+        self,
+        latents: Tensor,
+        t: Tensor,
+        text: Tensor,
+        audio: Tensor | None = None,
+        *,
+        anchor: Tensor | None = None,
+        anchor_t: Tensor | None = None,
+        anchor_rows: Tensor | None = None,
+        motion: Tensor | None = None,
+        ref_k: Tensor | None = None,
+        ref_v: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """One pass over the generated side.
 
@@ -208,12 +232,12 @@ class VideoRefDiT(nn.Module):
             raise InputError(f"t: expected [{batch}] or [{batch}, {frames}], got {list(t.shape)}")
         rows = x.shape[1]
         index = torch.arange(frames, device=x.device).repeat_interleave(patches + has_motion)
-        position = self._positions(grid, 0.0, (1.0, 1.0), has_motion, x.device)
+        position = self._positions(grid, x.device, motion=has_motion)
         if anchor is not None:
             if not cfg.anchor:
                 raise InputError("anchor: expected none, this model was built with cfg.anchor=False")
             a = self.patch_embedding(anchor.to(self.patch_embedding.weight.dtype)).float().flatten(2).transpose(1, 2)
-            where = self._positions((1, *grid[1:]), 0.0, (1.0, 1.0), False, x.device)
+            where = self._positions((1, *grid[1:]), x.device, motion=False)
             if anchor_rows is not None:
                 a, where = a[:, anchor_rows], where[anchor_rows]
             x = torch.cat([x, a], dim=1)
@@ -230,8 +254,17 @@ class VideoRefDiT(nn.Module):
             if anchor is not None:
                 x = torch.cat([x[:, :rows], x[:, rows:] + self.anchor_embedding.float()], dim=1)
             x = block(
-                x, e6, index, rope, text_c, heard, getattr(self, "audio_position", None), frames, rows,
-                None if ref_k is None else ref_k[i], None if ref_v is None else ref_v[i],
+                x,
+                e6,
+                index,
+                rope,
+                text_c,
+                heard,
+                getattr(self, "audio_position", None),
+                frames,
+                rows,
+                None if ref_k is None else ref_k[i],
+                None if ref_v is None else ref_v[i],
             )
         x = x[:, :rows].unflatten(1, (frames, -1))
         e = e[:, :frames]
@@ -242,5 +275,6 @@ class VideoRefDiT(nn.Module):
 
     def _unpatch(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
         _, p, q = self.cfg.patch
-        x = x.reshape(x.shape[0], *grid, p, q, self.cfg.latent_channels)
-        return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(x.shape[0], self.cfg.latent_channels, grid[0], grid[1] * p, grid[2] * q)
+        channels = self.cfg.latent_channels
+        x = x.reshape(x.shape[0], *grid, p, q, channels).permute(0, 6, 1, 2, 4, 3, 5)
+        return x.reshape(x.shape[0], channels, grid[0], grid[1] * p, grid[2] * q)

@@ -79,7 +79,9 @@ class SelfAttention(Attention):
         k = ops.qk_norm_rope(self.heads(self.k(x_BLC)), self.norm_k.weight, *rope, eps=eps)
         return q, k, self.heads(self.v(x_BLC))
 
-    def generated(self, x_BGC: Tensor, rope: tuple[Tensor, Tensor], ref_k: Tensor | None, ref_v: Tensor | None) -> Tensor:
+    def generated(
+        self, x_BGC: Tensor, rope: tuple[Tensor, Tensor], ref_k: Tensor | None, ref_v: Tensor | None
+    ) -> Tensor:
         q, k, v = self.qkv(x_BGC, rope)
         return self.o(ops.sparse_reference_attention(q, k, v, ref_k, ref_v).flatten(2))
 
@@ -88,7 +90,8 @@ class SelfAttention(Attention):
         if pattern == "full":
             out = ops.sparse_reference_attention(q, k, v)
         else:
-            out = ops.local_temporal_attention(q, k, v, num_frames=num_frames, radius=0 if pattern == "frame" else window)
+            radius = 0 if pattern == "frame" else window
+            out = ops.local_temporal_attention(q, k, v, num_frames=num_frames, radius=radius)
         return self.o(out.flatten(2))
 
 
@@ -98,9 +101,9 @@ class TextAttention(Attention):
     def forward(self, x_BLC: Tensor, context_BSC: Tensor) -> Tensor:
         x_BLC, context_BSC = x_BLC.to(self.q.weight.dtype), context_BSC.to(self.q.weight.dtype)
         q = self.heads(self.norm_q(self.q(x_BLC)))
-        k = self.heads(self.norm_k(self.k(context_BSC)))
-        v = self.heads(self.v(context_BSC))
-        return self.o(ops.sparse_reference_attention(q, k.expand(q.shape[0], -1, -1, -1), v.expand(q.shape[0], -1, -1, -1)).flatten(2))
+        k, v = self.heads(self.norm_k(self.k(context_BSC))), self.heads(self.v(context_BSC))
+        k, v = (c.expand(q.shape[0], -1, -1, -1) for c in (k, v))  # one context may serve the whole batch
+        return self.o(ops.sparse_reference_attention(q, k, v).flatten(2))
 
 
 def _adapter(dim: int, bottleneck: int) -> nn.Sequential:
@@ -169,11 +172,20 @@ class Block(nn.Module):
         return ops.gate_residual(x, self.ffn(h), gate, index)
 
     def forward(
-        self, x: Tensor, e: Tensor, index: Tensor, rope: tuple[Tensor, Tensor], text: Tensor,
-        audio: Tensor | None, position: Tensor | None, num_frames: int, rows: int,
-        ref_k: Tensor | None, ref_v: Tensor | None,
+        self,
+        x: Tensor,
+        e: Tensor,
+        index: Tensor,
+        rope: tuple[Tensor, Tensor],
+        text: Tensor,
+        audio: Tensor | None,
+        position: Tensor | None,
+        num_frames: int,
+        rows: int,
+        ref_k: Tensor | None,
+        ref_v: Tensor | None,
     ) -> Tensor:
-        """Generated rows. x: [B, G, C] fp32; the first ``rows`` belong to ``num_frames`` frames, the rest to the anchor."""
+        """Generated rows x [B, G, C] fp32: the first ``rows`` belong to ``num_frames`` frames, the rest to the anchor."""
         m = self.modulations(e)
         h = ops.layernorm_modulate(x, m[0], m[1], index, eps=self.eps)
         x = ops.gate_residual(x, self.self_attn.generated(h, rope, ref_k, ref_v), m[2], index)
@@ -189,8 +201,17 @@ class Block(nn.Module):
         return self.self_attn.qkv(ops.layernorm_modulate(x, m[0], m[1], index, eps=self.eps), rope)
 
     def reference(
-        self, x: Tensor, e: Tensor, index: Tensor, qkv: tuple[Tensor, ...], text: Tensor,
-        audio: Tensor | None, position: Tensor | None, num_frames: int, rows: Tensor | None, full_rows: int,
+        self,
+        x: Tensor,
+        e: Tensor,
+        index: Tensor,
+        qkv: tuple[Tensor, ...],
+        text: Tensor,
+        audio: Tensor | None,
+        position: Tensor | None,
+        num_frames: int,
+        rows: Tensor | None,
+        full_rows: int,
     ) -> Tensor:
         """Reference rows, which see neither the generated rows nor the step nor the driving speech."""
         m = self.modulations(e)

@@ -20,7 +20,9 @@ class FrameChunk:
     start: int
 
 
-def decode_chunk(vae: VideoVAE, chunk: LatentChunk, state: object | None, scale: int = 1) -> tuple[FrameChunk, object]:
+def decode_chunk(
+    vae: VideoVAE, chunk: LatentChunk, state: tuple[Tensor, ...] | None, scale: int = 1
+) -> tuple[FrameChunk, tuple[Tensor, ...]]:
     """Decodes a chunk's new latents, enlarging the frames ``scale`` times (bicubic, until a refiner does better).
 
     ``state`` is None for the first chunk, then what the last call returned.

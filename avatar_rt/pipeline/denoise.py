@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -57,8 +58,14 @@ class Conditions:
 
 
 def denoise_chunk(
-    dit: VideoRefDiT, cfg: AvatarConfig, schedule: Schedule, plan: ChunkPlan, state: ChunkState,
-    reference: Callable[[], ReferenceCache], given: Conditions, cancelled: Callable[[], bool] = lambda: False,
+    dit: VideoRefDiT,
+    cfg: AvatarConfig,
+    schedule: Schedule,
+    plan: ChunkPlan,
+    state: ChunkState,
+    reference: Callable[[], ReferenceCache],
+    given: Conditions,
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> tuple[LatentChunk, ChunkState] | None:
     """Generates one chunk; None when ``cancelled`` (asked before each step) answers True.
 
@@ -68,14 +75,15 @@ def denoise_chunk(
     n, device, d = plan.overlap, given.audio.device, cfg.dit
     z = schedule.noise(plan, 0, (d.latent_channels, h, w)).to(device).transpose(0, 1)[None]
     motion = schedule.noise(plan, 1, (d.motion_dim,)).to(device)[None] if d.motion_dim else None
-    if n:
+    if n and state.latents is not None:
         z = torch.cat([state.latents, z[:, :, n:]], dim=2)
-        motion = None if motion is None else torch.cat([state.motion, motion[:, n:]], dim=1)
+        if motion is not None and state.motion is not None:
+            motion = torch.cat([state.motion, motion[:, n:]], dim=1)
     carried = torch.zeros(1, 1, plan.latents, 1, 1, device=device)
     carried[:, :, :n] = 1
     scene = given.scene
     anchor = with_masks(scene.latent, d, scene.kept, 0) if state.anchor is None else with_masks(state.anchor, d, 1, 0)
-    for t, t_next in zip(schedule.times, schedule.times[1:], strict=False):
+    for t, t_next in pairwise(schedule.times):
         if cancelled():
             return None
         t_frames = torch.full((1, plan.latents), t, device=device)
@@ -92,7 +100,7 @@ def denoise_chunk(
             v = v + p.weight * dv
             vm = None if vm is None else vm + p.weight * dm
         z = torch.cat([z[:, :, :n], ops.flow_step(z[:, :, n:], v[:, :, n:], t, t_next)], dim=2)
-        if motion is not None:
+        if motion is not None and vm is not None:
             motion = torch.cat([motion[:, :n], ops.flow_step(motion[:, n:], vm[:, n:], t, t_next)], dim=1)
     keep = cfg.chunk.overlap
     chunk = LatentChunk(z[:, :, n:], None if motion is None else motion[:, n:], plan.start + n)

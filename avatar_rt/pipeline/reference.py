@@ -48,8 +48,13 @@ def to_video(frames: np.ndarray) -> Tensor:
 
 
 def read_reference(
-    frames: np.ndarray, wave: np.ndarray | None, text: Tensor, cfg: AvatarConfig, vae: VideoVAE,
-    speech: SpeechEncoder, motion: MotionEncoder,
+    frames: np.ndarray,
+    wave: np.ndarray | None,
+    text: Tensor,
+    cfg: AvatarConfig,
+    vae: VideoVAE,
+    speech: SpeechEncoder,
+    motion: MotionEncoder,
 ) -> ReferenceContext:
     """Encodes the reference clip once.
 

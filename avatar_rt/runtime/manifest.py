@@ -66,7 +66,7 @@ def open_bundle(path: Path) -> Bundle:
         if not part.is_file():
             raise ArtifactError(f"{part}: missing from the bundle")
         if hashes.get(name) != file_hash(part):
-            raise ArtifactError(f"{part}: does not match its hash in manifest.json, the file is damaged or was replaced")
+            raise ArtifactError(f"{part}: does not match its hash in manifest.json: damaged or replaced")
         parts[name] = part
     whole = hashlib.sha256("".join(hashes[p] for p in sorted(parts)).encode()).hexdigest()
     return Bundle(path, config, parts, whole)

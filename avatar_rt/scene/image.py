@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-NOMINAL_FACE = (0.28, 0.26, 0.72, 0.84)  # where a face-centred crop has its face: x0, y0, x1, y1 in crop widths
+NOMINAL_FACE = (0.28, 0.21, 0.72, 0.79)  # where a face-centred crop has its face: x0, y0, x1, y1 in crop widths
 BLANK = 127
 
 
@@ -40,4 +40,4 @@ def blank_head(image: np.ndarray, box: np.ndarray | None = None) -> tuple[np.nda
 def latent_mask(kept: np.ndarray, height: int, width: int) -> np.ndarray:
     """bool [H, W] pixels -> bool [height, width] latents, True only where every pixel was kept."""
     grid = kept.reshape(height, kept.shape[0] // height, width, kept.shape[1] // width)
-    return grid.all(axis=(1, 3))
+    return np.asarray(grid.all(axis=(1, 3)))

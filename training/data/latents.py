@@ -80,7 +80,10 @@ def build(corpus_path: Path, weights: Path, cfg: AvatarConfig, num_frames: int, 
         rows.append(encode_clip(corpus, i, vae, speech, num_frames))
         if (i + 1) % 100 == 0:
             rate = (i + 1) / (time.monotonic() - started)
-            print(f"clip {i + 1}/{len(corpus)} | {rate:.1f} clip/s, {(len(corpus) - i) / rate / 60:.1f} min left", flush=True)
+            print(
+                f"clip {i + 1}/{len(corpus)} | {rate:.1f} clip/s, {(len(corpus) - i) / rate / 60:.1f} min left",
+                flush=True,
+            )
     table = {key: torch.stack([r[key] for r in rows]).contiguous() for key in rows[0]}
     table["identity"] = torch.tensor([int(v) for v in corpus.identity[: len(corpus)]])
     temporary = corpus_path / "latents.tmp"
@@ -93,7 +96,9 @@ def build(corpus_path: Path, weights: Path, cfg: AvatarConfig, num_frames: int, 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.data.latents", description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", type=Path, required=True)
-    parser.add_argument("--weights", type=Path, required=True, help="folder with vae, speech .safetensors and config.json")
+    parser.add_argument(
+        "--weights", type=Path, required=True, help="folder with vae, speech .safetensors and config.json"
+    )
     parser.add_argument("--frames", type=int, default=77)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
