@@ -35,7 +35,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 
 def make_optimisers(module: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW for all, or Muon for the hidden matrices (those inside a block list) or convolutions, AdamW for the rest."""
+    """AdamW for all, or Muon for the hidden matrices (those in block lists) or convolutions, AdamW for the rest."""
     params = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     muon = [p for n, p in params if recipe.muon_lr and p.ndim == 2 and "blocks." in n]
     convs = [p for _, p in params if recipe.conv_muon_lr and p.ndim > 2 and min(p.shape[:2]) > 1]

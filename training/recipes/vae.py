@@ -19,5 +19,7 @@ def _build(corpus: Path) -> VAEMethod:
 
 def vae() -> Recipe:
     """Tiny VAE. The loop's autocast is off: the method chooses bf16 itself, losses stay fp32."""
-    return Recipe("vae", _build, steps=5000, lr=2e-3, warmup=150, final_lr=0.0, conv_muon_lr=4e-3,
-                  weight_decay=0.01, betas=(0.9, 0.98), ema=0.998, clip=0.5, autocast=False, checkpoint_every=250, validate_every=500)  # fmt: skip
+    return Recipe(
+        "vae", _build, steps=5000, lr=2e-3, conv_muon_lr=4e-3, warmup=100, final_lr=0.0, weight_decay=0.01,
+        betas=(0.9, 0.98), ema=0.998, clip=0.5, autocast=False, checkpoint_every=100, validate_every=500,
+    )  # fmt: skip
