@@ -277,10 +277,7 @@ def _build(cls: type, raw: Any, where: str) -> Any:
     _check(isinstance(raw, dict), f"{where}: expected an object, got {type(raw).__name__}")
     names = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(raw) - names)
-    _check(
-        not unknown,
-        f"{where}: unknown key {unknown[0] if unknown else ''!r}, expected one of {', '.join(sorted(names))}",
-    )
+    _check(not unknown, f"{where}: unknown key {', '.join(unknown)!r}, expected one of {', '.join(sorted(names))}")
     values, hints = {}, typing.get_type_hints(cls)
     for key, value in raw.items():
         if cls is AvatarConfig and key in _NESTED:
@@ -304,120 +301,39 @@ def frames_of_latents(num_latents: int) -> int:
     return 1 + 4 * (num_latents - 1)
 
 
+# fmt: off
 _WAN_VAE = VAEConfig(
-    latent_mean=(
-        -0.7571,
-        -0.7089,
-        -0.9113,
-        0.1075,
-        -0.1745,
-        0.9653,
-        -0.1517,
-        1.5508,
-        0.4134,
-        -0.0715,
-        0.5517,
-        -0.3632,
-        -0.1922,
-        -0.9497,
-        0.2503,
-        -0.2921,
-    ),
-    latent_std=(
-        2.8184,
-        1.4541,
-        2.3275,
-        2.6558,
-        1.2196,
-        1.7708,
-        2.6052,
-        2.0743,
-        3.2687,
-        2.1526,
-        2.8652,
-        1.5579,
-        1.6382,
-        1.1253,
-        2.8251,
-        1.9160,
-    ),
+    latent_mean=(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+                 0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+    latent_std=(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+                3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
 )  # published with Wan 2.1's VAE
 
 PRESETS: dict[str, AvatarConfig] = {
     "tiny": AvatarConfig(
-        name="tiny",
-        height=64,
-        width=64,
-        output_scale=4,
-        dit=DiTConfig(
-            dim=256,
-            ffn_dim=512,
-            num_heads=4,
-            num_layers=5,
-            text_dim=64,
-            text_len=16,
-            mask_channels=2,
-            reference=True,
-            anchor=True,
-            audio_dim=128,
-            reference_audio_dim=128,
-            audio_adapter_dim=32,
-            motion_dim=4 * MOTION_CHANNELS,
-        ),
-        vae=VAEConfig(
-            base_dim=48,
-            encoder_base_dim=32,
-            dim_mult=(1, 2, 2),
-            num_res_blocks=1,
-            temporal_downsample=(True, True),
-            patch=2,
-            time_kernel=(1, 1, 1),
-        ),
+        name="tiny", height=64, width=64, output_scale=4, reference_latents=8,
+        dit=DiTConfig(dim=256, ffn_dim=512, num_heads=4, num_layers=5, text_dim=64, text_len=16, mask_channels=2,
+                      reference=True, anchor=True, audio_dim=128, reference_audio_dim=128, audio_adapter_dim=32,
+                      motion_dim=4 * MOTION_CHANNELS),
+        vae=VAEConfig(base_dim=48, encoder_base_dim=32, dim_mult=(1, 2, 2), num_res_blocks=1,
+                      temporal_downsample=(True, True), patch=2, time_kernel=(1, 1, 1)),
         text=TextConfig(dim=64, length=16, buckets=2048),
         chunk=ChunkConfig(latents=8, overlap=2),
         sampling=SamplingConfig(steps=16, shift=3.0, reference_scale=1.5, audio_scale=1.5),
-        reference_latents=8,
     ),
     "wan_1_3b": AvatarConfig(
-        name="wan_1_3b",
-        height=480,
-        width=832,
-        dit=DiTConfig(
-            dim=1536,
-            ffn_dim=8960,
-            num_heads=12,
-            num_layers=30,
-            mask_channels=2,
-            reference=True,
-            anchor=True,
-            audio_dim=8192,
-            reference_audio_dim=2048,
-            audio_adapter_dim=256,
-            motion_dim=4 * MOTION_CHANNELS,
-        ),
-        vae=_WAN_VAE,
+        name="wan_1_3b", height=480, width=832, vae=_WAN_VAE,
+        dit=DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, mask_channels=2, reference=True, anchor=True,
+                      audio_dim=8192, reference_audio_dim=2048, audio_adapter_dim=256, motion_dim=4 * MOTION_CHANNELS),
     ),
     "tavr_14b": AvatarConfig(
-        name="tavr_14b",
-        height=480,
-        width=896,
-        dit=DiTConfig(
-            dim=5120,
-            ffn_dim=13824,
-            num_heads=40,
-            num_layers=40,
-            mask_channels=2,
-            rope_spatial_stride=1.5,
-            reference=True,
-            anchor=True,
-            audio_dim=8192,
-            reference_audio_dim=2048,
-            audio_adapter_dim=256,
-        ),
-        vae=_WAN_VAE,
+        name="tavr_14b", height=480, width=896, vae=_WAN_VAE,
+        dit=DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, mask_channels=2, rope_spatial_stride=1.5,
+                      reference=True, anchor=True, audio_dim=8192, reference_audio_dim=2048, audio_adapter_dim=256),
         sampling=SamplingConfig(steps=24, shift=5.0, audio_scale=1.8, text_scale=5.0),
     ),
 }
+# fmt: on
 
 
 def preset(name: str) -> AvatarConfig:

@@ -33,7 +33,7 @@ def _inputs(cfg: DiTConfig = SMALL, batch: int = 2, frames: int = 3, ref: int = 
         return torch.randn(shape, generator=g)
 
     return {
-        "latents": rand(batch, 6, frames, 4, 6), "t": torch.rand(batch, frames, generator=g), "text": rand(batch, 4, 12),
+        "latents": rand(batch, 6, frames, 4, 6), "t": rand(batch, frames).sigmoid(), "text": rand(batch, 4, 12),
         "audio": rand(batch, 4 * frames, 10), "anchor": rand(batch, 6, 1, 4, 6), "motion": rand(batch, frames, 16),
         "ref": rand(batch, 6, ref, 4, 6), "ref_audio": rand(batch, 4 * ref, 6), "ref_motion": rand(batch, ref, 16),
     }  # fmt: skip

@@ -185,7 +185,7 @@ class Block(nn.Module):
         ref_k: Tensor | None,
         ref_v: Tensor | None,
     ) -> Tensor:
-        """Generated rows x [B, G, C] fp32: the first ``rows`` belong to ``num_frames`` frames, the rest to the anchor."""
+        """Generated rows x [B, G, C] fp32: the first ``rows`` are of ``num_frames`` frames, the rest of the anchor."""
         m = self.modulations(e)
         h = ops.layernorm_modulate(x, m[0], m[1], index, eps=self.eps)
         x = ops.gate_residual(x, self.self_attn.generated(h, rope, ref_k, ref_v), m[2], index)

@@ -1,6 +1,6 @@
-"""Turns a corpus into what the transformer trains on, once: ``python -m training.data.latents --corpus DIR --weights DIR``.
+"""A corpus into what the transformer trains on, once: ``python -m training.data.latents --corpus DIR --weights DIR``.
 
-Writes ``latents.safetensors`` and ``captions.json`` into the corpus folder. Everything fits in memory: about 100 kB a clip.
+Writes ``latents.safetensors`` and ``captions.json`` into the corpus folder. About 100 kB a clip: it fits in memory.
 """
 
 from __future__ import annotations
