@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.library import opcheck
 
 from avatar_rt.errors import InputError, UnsupportedError
-from avatar_rt.ops import _dispatch, _load, explain, force, local_temporal_attention, sparse_reference_attention
-from avatar_rt.ops.attention import _local_cost, _local_ref, _sparse_cost, _sparse_ref, run_native
+from avatar_rt.ops import _dispatch, _load, cost, explain, force, local_temporal_attention, sparse_reference_attention
+from avatar_rt.ops.attention import _local_ref, _sparse_ref, run_native
 
 OPS = ("sparse_reference_attention", "local_temporal_attention")
 NATIVE = _load.native()[0]
@@ -243,15 +243,19 @@ def test_autocast_makes_one_dtype_of_many():
 def test_opcheck():
     q, k, v, ref_k, ref_v = (x.clone().requires_grad_() for x in inputs((2, 6, 6, 3, 2, 4)))
     opcheck(torch.ops.avatar_rt.sparse_reference_attention, (q, k, v, ref_k, ref_v, 0.5))
-    opcheck(torch.ops.avatar_rt.sparse_reference_attention, (q, None, None, ref_k, ref_v, 0.5))
+    opcheck(
+        torch.ops.avatar_rt.sparse_reference_attention,
+        (q, None, None, ref_k, ref_v, 0.5),
+        test_utils=("test_schema", "test_faketensor"),
+    )
     opcheck(torch.ops.avatar_rt.local_temporal_attention, (q, k, v, ref_k, ref_v, 3, 1, 0.5))
 
 
 def test_cost_counts_attended_pairs():
     q, k, v, ref_k, ref_v = inputs((2, 12, 12, 5, 3, 8))
-    assert _sparse_cost(q, k, v, ref_k, ref_v, 1.0)[0] == 4 * 2 * 3 * 8 * 12 * (12 + 5)
+    assert cost("sparse_reference_attention", q, k, v, ref_k, ref_v, 1.0)[0] == 4 * 2 * 3 * 8 * 12 * (12 + 5)
     pairs = 12 * 5 + 4 * 4 * (2 + 3 + 2)
-    flops, moved = _local_cost(q, k, v, ref_k, ref_v, 3, 1, 1.0)
+    flops, moved = cost("local_temporal_attention", q, k, v, ref_k, ref_v, 3, 1, 1.0)
     assert flops == 4 * 2 * 3 * 8 * pairs
     assert moved == 4 * 2 * 3 * (8 * (2 * 12 + 2 * 12 + 2 * 5) + 12)
 

@@ -8,8 +8,7 @@ from tolerance import assert_accurate, doubled
 from torch.library import opcheck
 
 from avatar_rt.errors import InputError
-from avatar_rt.ops import causal_conv3d
-from avatar_rt.ops.conv import _causal_conv3d_cost
+from avatar_rt.ops import causal_conv3d, cost
 
 # (input [B, C, T, H, W], weight [O, C, kt, kh, kw], stride): smallest, ragged, strided, larger.
 CASES = [
@@ -111,7 +110,7 @@ def test_opcheck_and_autocast():
 
 def test_cost():
     x, weight, bias, state = make((1, 2, 3, 4, 4), (5, 2, 3, 3, 3))
-    flops, moved = _causal_conv3d_cost(x, weight, bias, state, [1, 2, 2])
+    flops, moved = cost("causal_conv3d", x, weight, bias, state, [1, 2, 2])
     assert flops == 2 * (5 * 3 * 2 * 2) * (2 * 27)
     assert moved == 4 * (x.numel() + weight.numel() + 5 + 2 * state.numel() + 5 * 3 * 2 * 2)
 

@@ -8,8 +8,7 @@ from tolerance import assert_accurate
 from torch.library import opcheck
 
 from avatar_rt.errors import InputError
-from avatar_rt.ops import explain, flow_step
-from avatar_rt.ops.flow import _flow_step_cost
+from avatar_rt.ops import cost, explain, flow_step
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -55,7 +54,7 @@ def test_input_errors():
 
 def test_cost_and_refusals():
     z = torch.zeros(2, 3)
-    assert _flow_step_cost(z, z, 1.0, 0.5) == (12, 72)
+    assert cost("flow_step", z, z, 1.0, 0.5) == (12, 72)
     assert explain("flow_step", z, z, 1.0, 0.5) == {"cuda": "z is on cpu", "reference": None}
 
 

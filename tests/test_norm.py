@@ -8,8 +8,7 @@ from tolerance import assert_accurate, doubled
 from torch.library import opcheck
 
 from avatar_rt.errors import InputError
-from avatar_rt.ops import gate_residual, layernorm_modulate, qk_norm_rope
-from avatar_rt.ops.norm import _gate_residual_cost, _layernorm_modulate_cost, _qk_norm_rope_cost
+from avatar_rt.ops import cost, gate_residual, layernorm_modulate, qk_norm_rope
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -119,9 +118,9 @@ def test_opcheck():
 
 def test_cost():
     x, rows, weight, table = torch.zeros(2, 6, 8), torch.zeros(2, 3, 8), torch.zeros(8), torch.zeros(6, 2)
-    assert _qk_norm_rope_cost(x.view(2, 6, 2, 4), weight, table, table, 1e-6)[1] == 4 * (2 * 96 + 8 + 24)
-    assert _layernorm_modulate_cost(x, rows, rows, None, 1e-6)[1] == 4 * (2 * 96 + 2 * 48)
-    assert _gate_residual_cost(x, x, rows, None) == (2 * 96, 4 * (3 * 96 + 48))
+    assert cost("qk_norm_rope", x.view(2, 6, 2, 4), weight, table, table, 1e-6)[1] == 4 * (2 * 96 + 8 + 24)
+    assert cost("layernorm_modulate", x, rows, rows, None, 1e-6)[1] == 4 * (2 * 96 + 2 * 48)
+    assert cost("gate_residual", x, x, rows, None) == (2 * 96, 4 * (3 * 96 + 48))
 
 
 X, ROWS = torch.zeros(1, 6, 4), torch.zeros(1, 3, 4)

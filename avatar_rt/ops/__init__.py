@@ -1,6 +1,6 @@
 """Op contracts: what each op means, its shapes and errors, its definition, cost and gradients, and who may run it."""
 
-from avatar_rt.ops._dispatch import explain, force
+from avatar_rt.ops._dispatch import cost, explain, force
 from avatar_rt.ops.attention import local_temporal_attention, sparse_reference_attention
 from avatar_rt.ops.conv import causal_conv3d
 from avatar_rt.ops.flow import flow_step
@@ -8,6 +8,7 @@ from avatar_rt.ops.norm import gate_residual, layernorm_modulate, qk_norm_rope
 
 __all__ = [
     "causal_conv3d",
+    "cost",
     "explain",
     "flow_step",
     "force",

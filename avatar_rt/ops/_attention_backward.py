@@ -45,23 +45,26 @@ def backward(ctx, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor 
             dq, pairs = _attend_backward(grad, grad_lse, q, segments_of(k, v, ref_k, ref_v), out, lse, ctx.scale)
             grads = [dq, *_spread(pairs, k, ref_k)]
         else:
-            grads = _local_backward(grad, grad_lse, q, k, v, ref_k, ref_v, out, lse, *ctx.band, ctx.scale)
+            num_frames, radius = ctx.band
+            grads = _local_backward(grad, grad_lse, q, k, v, ref_k, ref_v, out, lse, num_frames, radius, ctx.scale)
         return (*[None if g is None else g.to(q.dtype) for g in grads], *rest)
 
 
 def _spread(pairs: Segments, *keys: Tensor | None) -> list[Tensor | None]:
     """Gradients per input again: those of an empty segment are empty, those of a missing one None."""
-    pairs, grads = list(pairs), []
+    rest = iter(pairs)
+    grads: list[Tensor | None] = []
     for key in keys:
         if key is None:
-            grads += [None, None]
+            grads += (None, None)
         else:
-            grads += pairs.pop(0) if key.shape[1] > 0 else (torch.zeros_like(key), torch.zeros_like(key))
+            grads += next(rest) if key.shape[1] > 0 else (torch.zeros_like(key), torch.zeros_like(key))
     return grads
 
 
 def _local_backward(grad, grad_lse, q, k, v, ref_k, ref_v, out, lse, num_frames, radius, scale):
-    totals = [None if x is None else torch.zeros_like(x, dtype=lse.dtype) for x in (k, v, ref_k, ref_v)]
+    dk, dv = torch.zeros_like(k, dtype=lse.dtype), torch.zeros_like(v, dtype=lse.dtype)
+    reference = [None if x is None else torch.zeros_like(x, dtype=lse.dtype) for x in (ref_k, ref_v)]
     parts = []
     for frame in range(num_frames):
         own, seen = band(frame, num_frames, radius, q.shape[1])
@@ -69,11 +72,11 @@ def _local_backward(grad, grad_lse, q, k, v, ref_k, ref_v, out, lse, num_frames,
         segments = segments_of(k[:, seen], v[:, seen], ref_k, ref_v)
         dq, pairs = _attend_backward(grad[:, own], own_lse, q[:, own], segments, out[:, own], lse[:, :, own], scale)
         parts.append(dq)
-        views = [totals[0][:, seen], totals[1][:, seen], *totals[2:]]
-        for total, part in zip(views, _spread(pairs, k, ref_k), strict=True):
-            if total is not None:
-                total += part
-    return [torch.cat(parts, 1), *totals]
+        totals = (dk[:, seen], dv[:, seen], *reference)
+        for total, part in zip(totals, _spread(pairs, k, ref_k), strict=True):
+            if total is not None and part is not None:
+                total.add_(part)
+    return [torch.cat(parts, 1), dk, dv, *reference]
 
 
 def _attend_backward(
@@ -82,10 +85,10 @@ def _attend_backward(
     """Gradients of ``_attend`` by the saved LSE: each segment's weights are remade alone, whatever the others hold."""
     grad_w, q_w, out_w = wide(grad), wide(q), wide(out)
     flash = grad_lse is None and q.device.type == "cpu" and q.shape[1] > 0
-    shift = None if flash else (grad_w * out_w).sum(-1, keepdim=True)
+    shift = grad_w.new_zeros(()) if flash else (grad_w * out_w).sum(-1, keepdim=True)
     if grad_lse is not None:
         shift = shift - grad_lse[..., None]
-    dq, pairs = 0, []
+    dq, pairs = torch.zeros_like(q_w), []
     for k, v in segments:
         if flash:  # torch's fused kernel wants the total out and LSE, which is what makes a segment's share exact
             dq_part, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -97,6 +100,6 @@ def _attend_backward(
             dv = p.transpose(-1, -2) @ grad_w
             ds = (grad_w @ v_w.transpose(-1, -2)).sub_(shift).mul_(p).mul_(scale)
             dq_part, dk = ds @ k_w, ds.transpose(-1, -2) @ q_w
-        dq = dq + dq_part
+        dq += dq_part
         pairs.append((dk.transpose(1, 2), dv.transpose(1, 2)))
     return dq.transpose(1, 2), pairs

@@ -30,12 +30,19 @@ class Implementation:
 
 
 _TABLE: dict[str, tuple[Implementation, ...]] = {}
+_COSTS: dict[str, Callable[..., tuple[int, int]]] = {}
 _FORCED: ContextVar[MappingProxyType[str, str]] = ContextVar("forced", default=MappingProxyType({}))
 
 
-def register(op: str, *implementations: Implementation) -> None:
-    """Enter an op's implementations, best first."""
-    _TABLE[op] = implementations
+def register(op: str, cost: Callable[..., tuple[int, int]], *implementations: Implementation) -> None:
+    """Enter an op: its cost as a function of its arguments, and its implementations, best first."""
+    _TABLE[op], _COSTS[op] = implementations, cost
+
+
+def cost(op: str, *args: Any) -> tuple[int, int]:
+    """FLOPs of a call and the bytes it cannot do without moving; ``args`` as the registered op takes them."""
+    _implementations(op)
+    return _COSTS[op](*args)
 
 
 def ops() -> tuple[str, ...]:

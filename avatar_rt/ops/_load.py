@@ -3,6 +3,7 @@
 import functools
 import importlib
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -24,9 +25,15 @@ def native() -> tuple[ModuleType | None, str]:
     return module, ""
 
 
-def arg(x: Tensor | None):
+def module() -> ModuleType:
+    """The extension; only for implementations, which refuse to run where ``native`` has none."""
+    found, reason = native()
+    assert found is not None, reason
+    return found
+
+
+def arg(x: Tensor | None) -> Any:
     """A tensor as the extension takes it: address, dtype, shape, strides. The caller keeps ``x`` alive."""
     if x is None:
         return None
-    module, _ = native()
-    return module.Tensor(x.data_ptr(), str(x.dtype).removeprefix("torch."), x.shape, x.stride())
+    return module().Tensor(x.data_ptr(), str(x.dtype).removeprefix("torch."), x.shape, x.stride())

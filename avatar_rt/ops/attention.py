@@ -1,5 +1,7 @@
 """Attention over key/value segments: the cached reference and the fresh tokens, under one softmax."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -78,9 +80,9 @@ def local_temporal_attention(
     return (out, lse) if return_lse else out
 
 
-def _autocast(q: Tensor, *rest: Tensor | None) -> list[Tensor | None]:
+def _autocast(q: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
     dtype = _check.autocast_dtype(q) if isinstance(q, Tensor) else None
-    return [x if x is None or dtype is None else x.to(dtype) for x in (q, *rest)]
+    return tuple(x if x is None or dtype is None else x.to(dtype) for x in (q, *rest))
 
 
 def _check_inputs(
@@ -92,12 +94,11 @@ def _check_inputs(
     _check.rows_contiguous("q", q)
     rows = 0
     for letter, names, pair in (("S", ("k", "v"), (k, v)), ("R", ("ref_k", "ref_v"), (ref_k, ref_v))):
-        if (pair[0] is None) != (pair[1] is None):
-            missing = names[0] if pair[0] is None else names[1]
-            raise InputError(f"{missing}: expected a tensor beside {names[pair[0] is None]}, got None")
-        if pair[0] is None:
+        if pair[0] is None and pair[1] is None:
             continue
-        for name, x in zip(names, pair, strict=True):
+        for name, other, x in zip(names, reversed(names), pair, strict=True):
+            if x is None:
+                raise InputError(f"{name}: expected a tensor beside {other}, got None")
             _check.shape(name, x, f"B {letter} N D", sizes)
             _check.same_dtype(name, x, "q", q)
             _check.rows_contiguous(name, x)
@@ -210,10 +211,9 @@ def run_native(
     """The C++ kernel; ``isa`` and ``num_threads`` (default: the best, torch's) are for tests and benchmarks."""
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-    module, _ = _load.native()
     tensors = [_load.arg(x) for x in (q, k, v, ref_k, ref_v)]
     threads = num_threads or torch.get_num_threads()
-    module.attention(*tensors, out.data_ptr(), lse.data_ptr(), scale, num_frames, radius, threads, isa)
+    _load.module().attention(*tensors, out.data_ptr(), lse.data_ptr(), scale, num_frames, radius, threads, isa)
     return out, lse
 
 
@@ -225,11 +225,13 @@ def _sparse_cpu(
 
 _dispatch.register(
     "sparse_reference_attention",
+    _sparse_cost,
     Implementation("cpu", _refuses_cpu, _sparse_cpu),
     Implementation("reference", _refuses_reference, _sparse_ref, by_choice=False),
 )
 _dispatch.register(
     "local_temporal_attention",
+    _local_cost,
     Implementation("cpu", _refuses_cpu, run_native),
     Implementation("reference", _refuses_reference, _local_ref, by_choice=False),
 )

@@ -46,7 +46,8 @@ def causal_conv3d(
         raise InputError(f"stride: expected three numbers of 1 or more, got {stride}")
     dtype = _check.autocast_dtype(x)
     if dtype is not None:
-        x, weight, bias, state = (None if a is None else a.to(dtype) for a in (x, weight, bias, state))
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias, state = (None if a is None else a.to(dtype) for a in (bias, state))
     for name, a in (("weight", weight), ("bias", bias), ("state", state)):
         if a is not None:
             _check.same_dtype(name, a, "x", x)
@@ -88,7 +89,9 @@ def _refuses_reference(*args) -> str | None:
     return None  # torch's convolution (oneDNN) is the honest implementation on a CPU
 
 
-_dispatch.register("causal_conv3d", Implementation("reference", _refuses_reference, _causal_conv3d_ref))
+_dispatch.register(
+    "causal_conv3d", _causal_conv3d_cost, Implementation("reference", _refuses_reference, _causal_conv3d_ref)
+)
 
 
 @torch.library.custom_op(

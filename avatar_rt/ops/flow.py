@@ -58,7 +58,7 @@ def _flow_step_cuda(z: Tensor, velocity: Tensor, t: float, t_next: float) -> Ten
     stream = torch.cuda.current_stream(z.device).cuda_stream
     dtype = str(z.dtype).removeprefix("torch.")
     with torch.cuda.device(z.device):
-        _load.native()[0].flow_step_cuda(
+        _load.module().flow_step_cuda(
             z.data_ptr(), velocity.data_ptr(), out.data_ptr(), z.numel(), t_next - t, dtype, stream
         )
     return out
@@ -70,6 +70,7 @@ def _refuses_reference(*args) -> str | None:
 
 _dispatch.register(
     "flow_step",
+    _flow_step_cost,
     Implementation("cuda", _refuses_cuda, _flow_step_cuda),
     Implementation("reference", _refuses_reference, _flow_step_ref),
 )

@@ -214,9 +214,17 @@ def _refuses_reference(*args) -> str | None:
     return None  # torch's own elementwise kernels are the honest implementation on a CPU
 
 
-_dispatch.register("qk_norm_rope", Implementation("reference", _refuses_reference, _qk_norm_rope_ref))
-_dispatch.register("layernorm_modulate", Implementation("reference", _refuses_reference, _layernorm_modulate_ref))
-_dispatch.register("gate_residual", Implementation("reference", _refuses_reference, _gate_residual_ref))
+_dispatch.register(
+    "qk_norm_rope", _qk_norm_rope_cost, Implementation("reference", _refuses_reference, _qk_norm_rope_ref)
+)
+_dispatch.register(
+    "layernorm_modulate",
+    _layernorm_modulate_cost,
+    Implementation("reference", _refuses_reference, _layernorm_modulate_ref),
+)
+_dispatch.register(
+    "gate_residual", _gate_residual_cost, Implementation("reference", _refuses_reference, _gate_residual_ref)
+)
 
 
 @torch.library.custom_op(
