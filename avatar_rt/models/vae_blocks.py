@@ -67,9 +67,25 @@ class ChannelNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim, *[1] * trailing))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        scale = x.shape[1] ** 0.5 / wide.square().sum(1, keepdim=True).sqrt().clamp_min(1e-12)
-        return (wide * scale * self.weight.float().view(-1, 1, 1, 1)).to(x.dtype)
+        return channel_norm(x, self.weight)
+
+
+class NormSiLU(ChannelNorm):
+    """ChannelNorm, then SiLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return channel_norm_silu(x, self.weight)
+
+
+def channel_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """x [B, C, T, H, W] over its length along C, times sqrt(C) and weight [C, 1, ...]."""
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
+    return (x * (x.shape[1] ** 0.5 / length) * weight.float().view(-1, 1, 1, 1)).to(x.dtype)
+
+
+def channel_norm_silu(x: Tensor, weight: Tensor) -> Tensor:
+    """``channel_norm``, then SiLU: a function of its own because training compiles it."""
+    return F.silu(channel_norm(x, weight))
 
 
 class ResidualBlock(nn.Module):
@@ -78,17 +94,17 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, time_kernel: int = 3) -> None:
         super().__init__()
         kernel = (time_kernel, 3, 3)
-        self.norm1 = ChannelNorm(in_dim)
+        self.norm1 = NormSiLU(in_dim)
         self.conv1 = CausalConv3d(in_dim, out_dim, kernel)
-        self.norm2 = ChannelNorm(out_dim)
+        self.norm2 = NormSiLU(out_dim)
         self.conv2 = CausalConv3d(out_dim, out_dim, kernel)
         self.shortcut = CausalConv3d(in_dim, out_dim, (1, 1, 1)) if in_dim != out_dim else None
         self.num_states = self.conv1.num_states + self.conv2.num_states
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         n = self.conv1.num_states
-        y, first = self.conv1(F.silu(self.norm1(x)), state[:n] if state else None)
-        y, second = self.conv2(F.silu(self.norm2(y)), state[n:] if state else None)
+        y, first = self.conv1(self.norm1(x), state[:n] if state else None)
+        y, second = self.conv2(self.norm2(y), state[n:] if state else None)
         if self.shortcut is not None:
             x, _ = self.shortcut(x)
         return x + y, first + second
@@ -158,9 +174,7 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         if self.time_conv is not None:
             x, state = self._double_time(x, state)
-        b, c, t, h, w = x.shape
-        x = x.view(b, c, t, h, 1, w, 1).expand(b, c, t, h, 2, w, 2).reshape(b, c, t, 2 * h, 2 * w)
-        return self.conv(x), state or ()
+        return self.conv(F.interpolate(x, scale_factor=(1.0, 2.0, 2.0), mode="nearest")), state or ()
 
     def _double_time(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
         first = None
@@ -179,12 +193,12 @@ class OutputHead(nn.Module):
 
     def __init__(self, in_dim: int, out_dim: int, time_kernel: int = 3) -> None:
         super().__init__()
-        self.norm = ChannelNorm(in_dim)
+        self.norm = NormSiLU(in_dim)
         self.conv = CausalConv3d(in_dim, out_dim, (time_kernel, 3, 3))
         self.num_states = self.conv.num_states
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        return self.conv(F.silu(self.norm(x)), state)
+        return self.conv(self.norm(x), state)
 
 
 def run_chain(layers: Iterable[nn.Module], x: Tensor, state: State | None) -> tuple[Tensor, State]:

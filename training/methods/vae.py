@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from avatar_rt.config import VAEConfig
+from avatar_rt.models import vae_blocks
 from avatar_rt.models.vae import VideoVAE
 from avatar_rt.models.vae_blocks import CausalConv3d, FrameAttention, FrameConv2d, ResidualBlock
 
@@ -32,14 +33,18 @@ class VAEMethod:
         real_frames: Optional directory of ``*.npy`` files, uint8 [n, F >= 17, H, W, 3] windows of real video; a share
             ``real_share`` of every batch is drawn from them, so that faces of people who are not rendered survive too.
         dtype: What the convolutions compute in; the weights stay fp32.
+        fuse: Compile norm and SiLU into one loop: a minute at the start, a quarter off every step.
     """
 
     def __init__(
         self, cfg: VAEConfig, train: Any, val: Any, *, batch: int = 8,
         real_frames: Path | None = None, real_share: float = 0.12, dtype: torch.dtype = torch.bfloat16,
+        fuse: bool = True,
     ) -> None:  # fmt: skip
         self.module = VideoVAE(cfg)
         start_near_linear(self.module)
+        if fuse:
+            vae_blocks.channel_norm_silu = torch.compile(vae_blocks.channel_norm_silu, dynamic=True)
         self.cfg, self.train, self.val = cfg, train, val
         self.batch, self.dtype, self.real_share = batch, dtype, real_share
         files = sorted(real_frames.glob("*.npy")) if real_frames else []
@@ -79,6 +84,7 @@ class VAEMethod:
         return torch.cat([video, face_weight(boxes, video.shape[1:])])
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")
     def validate(self, step: int, out: Path, *, clips: int = 24, num_frames: int = 33) -> dict[str, float]:
         """PSNR in dB over whole frames, mouths and eyes of held-out identities, and a contact sheet."""
         whole, mouth, eyes, sheet = [], [], [], []
@@ -99,6 +105,7 @@ class VAEMethod:
         }  # fmt: skip
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")
     def export(self, out: Path) -> None:
         """``vae.safetensors`` in bf16 and ``vae_stats.json`` with the statistics of the latents over the corpus."""
         state = {k: v.bfloat16().contiguous() for k, v in self.module.state_dict().items()}
