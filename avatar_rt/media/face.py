@@ -23,9 +23,9 @@ from avatar_rt.errors import InputError, UnsupportedError
 from avatar_rt.media.reader import VideoClip, iter_frames, read_video_audio
 
 # The framing, shared with the training corpus: a square of CROP_SIDE box heights, whose centre lies CROP_DROP box
-# heights below the box's centre. Measured over 19 real clips, the box's lower edge is the chin (0.99 of its height from
-# the top), the eyes lie at 0.39, the brows' upper edge at 0.23 (standard deviations 0.02); so in a crop the eyes come to
-# 0.44 and the chin to 0.78 of its height, and a crop is 2.3 times as high as brows to chin, 2.9 times as eyes to chin.
+# heights below the box's centre. Over 19 real clips the box's lower edge is the chin (0.99 of its height from the top),
+# the eyes lie at 0.39, the brows' upper edge at 0.23 (standard deviations 0.02). So in a crop the eyes come to 0.44 and
+# the chin to 0.78 of its height, and a crop is 2.3 times as high as brows to chin, 2.9 times as eyes to chin.
 CROP_SIDE = 1.75
 CROP_DROP = 0.0
 
