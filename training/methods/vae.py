@@ -77,7 +77,7 @@ class VAEMethod:
             boxes = None
         else:
             clip = _below(len(self.train), generator)
-            start = _below(clip_frames(self.train, clip) - num_frames + 1, generator)
+            start = _below(self.train.num_frames - num_frames + 1, generator)
             frames = np.asarray(self.train.frames(clip, start, num_frames))
             boxes = np.asarray(self.train.facebox(clip, start, num_frames))
         video = to_video(frames)
@@ -89,7 +89,7 @@ class VAEMethod:
         """PSNR in dB over whole frames, mouths and eyes of held-out identities, and a contact sheet."""
         whole, mouth, eyes, sheet = [], [], [], []
         for clip in np.linspace(0, len(self.val) - 1, min(clips, len(self.val))).astype(int).tolist():
-            n = min(num_frames, (clip_frames(self.val, clip) - 1) // 4 * 4 + 1)
+            n = min(num_frames, (self.val.num_frames - 1) // 4 * 4 + 1)
             video = to_video(np.asarray(self.val.frames(clip, 0, n)))[None]
             boxes = np.asarray(self.val.facebox(clip, 0, n))
             decoded = self.module.decode(self.module.encode(video)[0])
@@ -135,11 +135,6 @@ def start_near_linear(vae: VideoVAE) -> None:
 
 MOUTH = (0.2, 0.58, 0.8, 0.98)  # x0, y0, x1, y1 in fractions of the face box
 EYES = (0.08, 0.22, 0.92, 0.5)
-
-
-def clip_frames(corpus: Any, clip: int) -> int:
-    """How many frames a clip has."""
-    return len(corpus.frames(clip, 0, 10**6))
 
 
 def to_video(frames: np.ndarray) -> Tensor:
@@ -226,7 +221,7 @@ def latent_statistics(vae: VideoVAE, corpus: Any, clips: int = 200) -> tuple[lis
     """Mean and standard deviation of each latent channel over whole clips spread across the corpus."""
     moments = []
     for clip in np.linspace(0, len(corpus) - 1, min(clips, len(corpus))).astype(int).tolist():
-        n = (clip_frames(corpus, clip) - 1) // 4 * 4 + 1
+        n = (corpus.num_frames - 1) // 4 * 4 + 1
         z = vae.encode(to_video(np.asarray(corpus.frames(clip, 0, n)))[None])[0].double()
         moments.append(torch.stack([z.mean((0, 2, 3, 4)), z.square().mean((0, 2, 3, 4))]))
     mean, square = torch.stack(moments).mean(0)
