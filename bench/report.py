@@ -1,0 +1,103 @@
+"""Results into words: ``python -m bench.report`` prints the README's section; ``--write`` puts it in.
+
+``bench/results/<name>.json`` is the last line that ``python -m bench.<name>`` printed, with the machine it ran on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+BEGIN, END = "<!-- results: python -m bench.report --write -->", "<!-- end of results -->"
+
+
+def machine() -> dict[str, str | int]:
+    """Hardware, versions and commit that a figure travels with."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "cpu": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "python": platform.python_version(), "commit": commit.stdout.strip() or "unknown",
+    }  # fmt: skip
+
+
+def store(name: str, line: str) -> Path:
+    """Writes a bench's last line with the machine beside it."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), "result": json.loads(line)}, indent=1) + "\n")
+    return path
+
+
+def _cases(data: dict) -> list[str]:
+    r, m = data["result"], data["machine"]
+    return [
+        f"{r['cases']} held-out rendered cases: people, voices and sentences unseen in training",
+        f"(`python -m bench.cases`; weights {r['bundle']}, commit {m['commit']}, {m['cpu']}, {m['threads']} threads):",
+        "",
+        "| measure | generated | true video |",
+        "|---|---|---|",
+        f"| VAE: PSNR of the true video, dB | {r['vae_psnr_db']:.1f} | |",
+        f"| face retrieves its own reference, top-1 of {r['cases']} | {r['retrieval_top1']:.0%} "
+        f"| {r['retrieval_top1_truth']:.0%} |",
+        f"| mouth opening against the true one, r | {r['mouth_r_own']:.2f} | {r['mouth_r_truth']:.2f} |",
+        f"| mouth opening against another case's, r | {r['mouth_r_other']:.2f} | |",
+        f"| motion energy over the true video's, median | {r['energy_ratio_median']:.2f} | 1 |",
+        f"| seconds for a case of 3.1 s | {r['seconds_per_case']:.1f} | |",
+    ]
+
+
+def _clips(data: dict) -> list[str]:
+    rows = [c for c in data["result"]["clips"] if "own" in c]
+    total = len(data["result"]["clips"])
+    refused = sum("refused" in c for c in data["result"]["clips"])
+    own, others = (sum(c[k] for c in rows) / max(len(rows), 1) for k in ("own", "others"))
+    return [
+        "",
+        f"{total} clips of real people (not part of the repository; `python -m bench.clips`): {total - refused} ran, "
+        f"{refused} refused.",
+        f"Face similarity of the generated video to its own reference {own:.2f}, to the others {others:.2f};",
+        f"its own is the nearest in {sum(c['nearest_is_own'] for c in rows)} of {len(rows)}. Per clip: `bench/results/clips.json`.",
+    ]
+
+
+def section() -> str:
+    lines = []
+    for name, words in (("cases", _cases), ("clips", _clips)):
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            lines += words(json.loads(path.read_text()))
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description="README's results from bench/results.")
+    parser.add_argument("--write", action="store_true", help="put the section into README.md")
+    parser.add_argument(
+        "--store", metavar="NAME", help="first store standard input's last line as bench/results/NAME.json"
+    )
+    args = parser.parse_args()
+    if args.store:
+        store(args.store, sys.stdin.read().strip().splitlines()[-1])
+    text = section()
+    print(text)
+    if args.write:
+        readme = ROOT / "README.md"
+        before, _, rest = readme.read_text().partition(BEGIN)
+        readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
