@@ -56,6 +56,16 @@ def test_ungrouping_refuses_other_widths():
         ungroup_motion(torch.zeros(1, 3, 62))
 
 
+def test_mirror():
+    motion = torch.randn(3, 62)
+    mirrored = mirror_motion(motion)
+    assert torch.equal(mirror_motion(mirrored), motion)
+    assert torch.equal(mirrored[:, motion_index("eyeBlinkLeft")], motion[:, motion_index("eyeBlinkRight")])
+    assert torch.equal(mirrored[:, motion_index("gazeLeftX")], -motion[:, motion_index("gazeRightX")])
+    for name, sign in (("jawOpen", 1), ("yaw", -1), ("pitch", 1), ("roll", -1), ("translateX", -1), ("translateY", 1)):
+        assert torch.equal(mirrored[:, motion_index(name)], sign * motion[:, motion_index(name)])
+
+
 def test_statistics(encoder):
     motion = torch.randn(2, 5, 62)
     assert torch.allclose(encoder.denormalize(encoder.normalize(motion)), motion, atol=1e-6)

@@ -33,7 +33,8 @@ MOTION_NAMES: tuple[str, ...] = ARKIT_NAMES + (
 )  # fmt: skip
 """All channels of a motion frame.
 
-Rotation is in radians. Translation is in the picture: x to the right and y down, in crop widths, from the crop's
+Rotation is in radians: positive yaw turns to the picture's right, pitch looks down, roll tilts anticlockwise in the
+picture. Gaze is in radians against the head, x to the picture's right and y down, the person's left eye first. Translation is in the picture: x to the right and y down, in crop widths, from the crop's
 centre; ``logScale`` is the natural logarithm of the face's size relative to a standard crop. So moving a picture by
 d crop widths adds d, and zooming by s about its centre multiplies x and y by s and adds log(s).
 """
@@ -71,6 +72,24 @@ def ungroup_motion(tokens: Tensor) -> Tensor:
     frames = tokens.reshape(b, t * FRAMES_PER_LATENT, c // FRAMES_PER_LATENT)
     first = frames[:, :FRAMES_PER_LATENT].mean(dim=1, keepdim=True)
     return torch.cat((first, frames[:, FRAMES_PER_LATENT:]), dim=1)
+
+
+def _other_side(name: str) -> str:
+    for one, other in (("Left", "Right"), ("Right", "Left")):
+        if one in name:
+            return name.replace(one, other)
+    return name
+
+
+_MIRROR = tuple(MOTION_NAMES.index(_other_side(name)) for name in MOTION_NAMES)
+_NEGATED = tuple(MOTION_NAMES.index(name) for name in ("yaw", "roll", "translateX", "gazeLeftX", "gazeRightX"))
+
+
+def mirror_motion(motion: Tensor) -> Tensor:
+    """Motion [..., 62] of the same picture seen in a mirror (left and right swapped)."""
+    mirrored = motion[..., list(_MIRROR)]
+    mirrored[..., list(_NEGATED)] *= -1
+    return mirrored
 
 
 class _Stage(nn.Module):

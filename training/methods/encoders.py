@@ -11,14 +11,17 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from avatar_rt.config import SAMPLES_PER_FRAME, MotionConfig, SpeechConfig
-from avatar_rt.models.motion import ARKIT_NAMES, MOTION_NAMES, MotionEncoder, motion_index
+from avatar_rt.config import FPS, SAMPLES_PER_FRAME, MotionConfig, SpeechConfig
+from avatar_rt.models.motion import ARKIT_NAMES, MOTION_NAMES, MotionEncoder, mirror_motion, motion_index
 from avatar_rt.models.speech import MOUTH_COEFFICIENTS, SpeechEncoder
+from training.data.phonemes import ID
+from training.data.visemes import mouth_curves
 from training.methods import augment
 
-Recording = tuple[Tensor, Tensor]  # wave fp32 [S], phonemes int64 [S // 640] (UNKNOWN: not in the loss)
+Labelled = tuple[Tensor, Tensor, Tensor]  # wave [S], phonemes [F] (or UNKNOWN), mouth [F, 11] (or NaN); F = S // 640
 UNKNOWN = -100
 CLIP_FRAMES = 77
+MOUTH_CHANNELS = [ARKIT_NAMES.index(name) for name in MOUTH_COEFFICIENTS]
 
 
 def save_part(module: nn.Module, path: Path) -> None:
@@ -65,27 +68,41 @@ def to_pictures(frames: np.ndarray) -> Tensor:
 
 def mouth_targets(corpus: Any, clip: int, start: int, count: int) -> Tensor:
     """[count, 11]: lip opening, then MOUTH_COEFFICIENTS."""
-    channels = [ARKIT_NAMES.index(name) for name in MOUTH_COEFFICIENTS]
-    motion = np.asarray(corpus.motion(clip, start, count))[:, channels]
+    motion = np.asarray(corpus.motion(clip, start, count))[:, MOUTH_CHANNELS]
     opening = np.asarray(corpus.mouth(clip, start, count))[:, None]
     return torch.from_numpy(np.concatenate((opening, motion), axis=1).astype(np.float32))
 
 
-def load_recorded(folder: Path, phonemes: tuple[str, ...]) -> tuple[list[Recording], list[Recording]]:
+def mouth_of_phonemes(phonemes: np.ndarray) -> Tensor:
+    """The mouth that the corpus's average style makes of a sequence of phonemes [F]: [F, 11], lip opening NaN."""
+    starts = np.flatnonzero(np.diff(phonemes, prepend=phonemes[0] - 1))
+    ends = np.append(starts[1:], len(phonemes))
+    phones = tuple(
+        (max(int(phonemes[a]), 0), a / FPS, b / FPS) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)
+    )
+    curves = mouth_curves(phones, len(phonemes) / FPS, lead=0.085, slack=1.05)[2::4]  # 100 Hz -> the frames' middles
+    mouth = np.full((len(phonemes), 1 + len(MOUTH_COEFFICIENTS)), np.nan, np.float32)
+    mouth[:, 1:] = curves[: len(phonemes), MOUTH_CHANNELS]
+    unknown = np.convolve(phonemes < 0, np.ones(9), mode="same") > 0
+    mouth[unknown] = np.nan
+    return torch.from_numpy(mouth)
+
+
+def load_recorded(folder: Path) -> tuple[list[Labelled], list[Labelled]]:
     """What training.data.align wrote -> (train, val), every eighth speaker held out; both empty without the folder.
 
-    The speaker is what stands before the last ``__`` in a file's name.
+    Files are named as LibriSpeech names them, SPEAKER-CHAPTER-NUMBER, after any prefix that ends in ``__``.
     """
-    number = {name: i for i, name in enumerate(phonemes)}
     files = sorted(folder.glob("*.npz"))
-    held_out = set(sorted({f.stem.rpartition("__")[0] for f in files})[::8])
-    parts: tuple[list[Recording], list[Recording]] = ([], [])
-    for file in files:
+    speakers = [f.stem.rpartition("__")[2].split("-")[0] for f in files]
+    held_out = set(sorted(set(speakers))[::8])
+    parts: tuple[list[Labelled], list[Labelled]] = ([], [])
+    for file, speaker in zip(files, speakers, strict=True):
         with np.load(file) as saved:
-            labels = np.array([number.get(name, UNKNOWN) for name in saved["phones"].tolist()], np.int64)
-            wave = to_wave(saved["wave"])[: len(labels) * SAMPLES_PER_FRAME]
-        if (labels >= 0).mean() > 0.5:
-            parts[file.stem.rpartition("__")[0] in held_out].append((wave, torch.from_numpy(labels)))
+            phonemes = np.array([ID.get(name, UNKNOWN) for name in saved["phones"].tolist()], np.int64)
+            wave = to_wave(saved["wave"])[: len(phonemes) * SAMPLES_PER_FRAME]
+        if (phonemes >= 0).mean() > 0.5:
+            parts[speaker in held_out].append((wave, torch.from_numpy(phonemes), mouth_of_phonemes(phonemes)))
     return parts
 
 
@@ -94,13 +111,13 @@ class SpeechMethod:
 
     Args:
         train, val: Corpus objects (other identities, voices and sentences in ``val``).
-        recorded, recorded_val: Recordings of real voices; ``recorded_share`` of a batch is drawn from the first and
-            trains the phonemes only, since nobody filmed the mouth.
+        recorded, recorded_val: Recordings of real voices, of which ``recorded_share`` of a batch is drawn. Nobody
+            filmed them: their mouth is what the corpus makes of the phonemes.
         frames, batch: Frames per clip, clips per batch.
     """
 
     def __init__(
-        self, cfg: SpeechConfig, train: Any, val: Any, recorded: list[Recording], recorded_val: list[Recording],
+        self, cfg: SpeechConfig, train: Any, val: Any, recorded: list[Labelled], recorded_val: list[Labelled],
         *, recorded_share: float = 0.5, frames: int = 72, batch: int = 16,
     ) -> None:  # fmt: skip
         self.module = SpeechEncoder(cfg)
@@ -111,21 +128,21 @@ class SpeechMethod:
         self.module.mouth_mean.copy_(targets.mean(0))
         self.module.mouth_std.copy_(targets.std(0).clamp(min=0.02))
 
-    def _clip(self, corpus: Any, clip: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _clip(self, corpus: Any, clip: int) -> Labelled:
         """wave [S], phonemes [F], mouth [F, 11] of a corpus clip."""
         phonemes = np.asarray(corpus.phonemes(clip, 0, self.frames)).astype(np.int64)
         wave = to_wave(np.asarray(corpus.audio(clip, 0, self.frames)))
         return wave, torch.from_numpy(phonemes), mouth_targets(corpus, clip, 0, self.frames)
 
-    def _recording(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """The same of a piece of a recording; its mouth is NaN."""
-        wave, phonemes = self.recorded[draw(len(self.recorded), generator)]
+    def _recording(self, generator: torch.Generator) -> Labelled:
+        """A piece of a recording, padded where that is shorter."""
+        wave, phonemes, mouth = self.recorded[draw(len(self.recorded), generator)]
         start = draw(max(len(phonemes) - self.frames, 0) + 1, generator)
         wave = wave[start * SAMPLES_PER_FRAME :][: self.frames * SAMPLES_PER_FRAME]
-        phonemes = phonemes[start:][: self.frames]
+        phonemes, mouth = phonemes[start:][: self.frames], mouth[start:][: self.frames]
+        missing = self.frames - len(phonemes)
         wave = F.pad(wave, (0, self.frames * SAMPLES_PER_FRAME - len(wave)))
-        phonemes = F.pad(phonemes, (0, self.frames - len(phonemes)), value=UNKNOWN)
-        return wave, phonemes, torch.full((self.frames, 1 + len(MOUTH_COEFFICIENTS)), torch.nan)
+        return wave, F.pad(phonemes, (0, missing), value=UNKNOWN), F.pad(mouth, (0, 0, 0, missing), value=torch.nan)
 
     def step(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         rows = [self._recording(generator) for _ in range(self.num_recorded)]
@@ -167,9 +184,15 @@ class SpeechMethod:
                 if channel in ("opening", "jawOpen", "mouthPucker", "mouthFunnel", "mouthClose"):
                     metrics[f"r_{channel}{name}"] = correlation(read["mouth"][..., i], mouth[..., i])
         if self.recorded_val:
-            logits = [self._read(augment.level_speech(wave[None]))["phonemes"][0] for wave, _ in self.recorded_val]
-            truth = torch.cat([phonemes for _, phonemes in self.recorded_val])
-            metrics |= accuracies(torch.cat(logits), truth, "_recorded")
+            read = [self._read(augment.level_speech(wave[None])) for wave, _, _ in self.recorded_val]
+            truth = torch.cat([phonemes for _, phonemes, _ in self.recorded_val])
+            metrics |= accuracies(torch.cat([r["phonemes"][0] for r in read]), truth, "_recorded")
+            jaw, jaw_truth = (
+                torch.cat([r["mouth"][0, :, 1] for r in read]),
+                torch.cat([m for _, _, m in self.recorded_val])[:, 1],
+            )
+            known = jaw_truth.isfinite()
+            metrics["r_jawOpen_recorded"] = correlation(jaw[known], jaw_truth[known])
         return metrics
 
     def export(self, out: Path) -> None:
@@ -208,6 +231,9 @@ class MotionMethod:
             frames.append(np.asarray(self.train.frames(clip, at, 1)))
             motion.append(np.asarray(self.train.motion(clip, at, 1)))
         pictures, truth = to_pictures(np.concatenate(frames)), torch.from_numpy(np.concatenate(motion)).float()
+        mirrored = augment.some(self.batch, 0.5, generator)
+        pictures = torch.where(mirrored.view(-1, 1, 1, 1), pictures.flip(-1), pictures)
+        truth = torch.where(mirrored[:, None], mirror_motion(truth), truth)
         with torch.autocast("cpu", enabled=False):
             pictures, shift, zoom = augment.move_pictures(pictures, generator)
             pictures = augment.damage_pictures(pictures, generator)

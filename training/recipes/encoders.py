@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from avatar_rt.config import preset
-from training.methods.encoders import MotionMethod, SpeechMethod
+from training.data.talk import Talk
+from training.methods.encoders import MotionMethod, SpeechMethod, load_recorded
 from training.recipe import Recipe
 
 
 def _speech(corpus: Path) -> SpeechMethod:
-    from training.data.corpus import Corpus
-
-    return SpeechMethod(preset("tiny").speech, Corpus(corpus, split="train"), Corpus(corpus, split="val"))
+    talk = corpus / "talk.npz"
+    recorded, recorded_val = load_recorded(corpus / "recorded")
+    return SpeechMethod(preset("tiny").speech, Talk(talk, "train"), Talk(talk, "val"), recorded, recorded_val)
 
 
 def _motion(corpus: Path) -> MotionMethod:
@@ -22,7 +23,7 @@ def _motion(corpus: Path) -> MotionMethod:
 
 
 def speech() -> Recipe:
-    """Speech encoder: about eight minutes on one thread."""
+    """Speech encoder, from ``talk.npz`` (training.data.talk) and ``recorded`` (training.data.align), if there."""
     return Recipe("encoders.speech", _speech, steps=1500, lr=2e-3, warmup=100, weight_decay=0.05, ema=0.99)
 
 
