@@ -5,7 +5,15 @@ import torch
 
 from avatar_rt.config import MOTION_CHANNELS, MotionConfig
 from avatar_rt.errors import InputError
-from avatar_rt.models.motion import ARKIT_NAMES, MOTION_NAMES, MotionEncoder, group_motion, motion_index, ungroup_motion
+from avatar_rt.models.motion import (
+    ARKIT_NAMES,
+    MOTION_NAMES,
+    MotionEncoder,
+    group_motion,
+    mirror_motion,
+    motion_index,
+    ungroup_motion,
+)
 
 
 @pytest.fixture(scope="module")

@@ -34,9 +34,10 @@ MOTION_NAMES: tuple[str, ...] = ARKIT_NAMES + (
 """All channels of a motion frame.
 
 Rotation is in radians: positive yaw turns to the picture's right, pitch looks down, roll tilts anticlockwise in the
-picture. Gaze is in radians against the head, x to the picture's right and y down, the person's left eye first. Translation is in the picture: x to the right and y down, in crop widths, from the crop's
-centre; ``logScale`` is the natural logarithm of the face's size relative to a standard crop. So moving a picture by
-d crop widths adds d, and zooming by s about its centre multiplies x and y by s and adds log(s).
+picture. Gaze is in radians against the head, x to the picture's right and y down, the person's left eye first.
+Translation is in the picture: x to the right and y down, in crop widths, from the crop's centre; ``logScale`` is the
+natural logarithm of the face's size relative to a standard crop. So moving a picture by d crop widths adds d, and
+zooming by s about its centre multiplies x and y by s and adds log(s).
 """
 
 ROTATION = slice(52, 55)
