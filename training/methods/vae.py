@@ -34,15 +34,19 @@ class VAEMethod:
             ``real_share`` of every batch is drawn from them, so that faces of people who are not rendered survive too.
         dtype: What the convolutions compute in; the weights stay fp32.
         fuse: Compile norm and SiLU into one loop: a minute at the start, a quarter off every step.
+        decoder_only: Leave the encoder as it is: what was trained on its latents stays valid.
     """
 
     def __init__(
-        self, cfg: VAEConfig, train: Any, val: Any, *, batch: int = 8,
+        self, cfg: VAEConfig, train: Any, val: Any, *, batch: int = 4,
         real_frames: Path | None = None, real_share: float = 0.12, dtype: torch.dtype = torch.bfloat16,
-        fuse: bool = True,
+        fuse: bool = True, decoder_only: bool = False,
     ) -> None:  # fmt: skip
         self.module = VideoVAE(cfg)
         start_near_linear(self.module)
+        if decoder_only:
+            for name, p in self.module.named_parameters():
+                p.requires_grad_(name.startswith(("decoder.", "post_quant_conv.")))
         if fuse:
             vae_blocks.channel_norm_silu = torch.compile(vae_blocks.channel_norm_silu, dynamic=True)
         self.cfg, self.train, self.val = cfg, train, val

@@ -1,7 +1,9 @@
-"""Run of the tiny video VAE: ``--recipe vae``."""
+"""Runs of the tiny video VAE: ``--recipe vae``, then ``--recipe vae.decoder --init .../checkpoint.pt``."""
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
 from pathlib import Path
 
 from avatar_rt.config import preset
@@ -9,12 +11,14 @@ from training.methods.vae import VAEMethod
 from training.recipe import Recipe
 
 
-def _build(corpus: Path) -> VAEMethod:
+def _build(corpus: Path, *, decoder_only: bool = False) -> VAEMethod:
     from training.data.corpus import Corpus
 
     real = corpus / "real"  # optional windows of real video, see VAEMethod
     train, val = Corpus(corpus, split="train"), Corpus(corpus, split="val")
-    return VAEMethod(preset("tiny").vae, train, val, real_frames=real if real.is_dir() else None)
+    return VAEMethod(
+        preset("tiny").vae, train, val, real_frames=real if real.is_dir() else None, decoder_only=decoder_only
+    )
 
 
 def vae() -> Recipe:
@@ -23,3 +27,10 @@ def vae() -> Recipe:
         "vae", _build, steps=5000, lr=2e-3, conv_muon_lr=4e-3, warmup=100, final_lr=0.0, weight_decay=0.01,
         betas=(0.9, 0.98), ema=0.998, clip=0.5, autocast=False, checkpoint_every=100, validate_every=500,
     )  # fmt: skip
+
+
+def decoder() -> Recipe:
+    """Only the decoder, from a trained VAE, at a lower rate: the latents stay what the transformer knows."""
+    return dataclasses.replace(
+        vae(), name="vae.decoder", build=partial(_build, decoder_only=True), steps=1500, lr=1e-3, conv_muon_lr=2e-3
+    )
