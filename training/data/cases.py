@@ -1,0 +1,104 @@
+"""The held-out cases and the demonstration pair: ``python -m training.data.cases --out DIR [--count 24]``.
+
+DIR/case-XX/ holds what a generation gets (reference.mp4 with sound, scene.png, speech.wav) and what it is measured
+against (target.mp4 and truth.npz: motion [F, 62], mouth [F], facebox [F, 4], float16). No identity, voice or sentence
+occurs in a training corpus. DIR/demo/ holds reference.mp4, 256 pixels square, and speech.wav.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import soundfile
+
+from avatar_rt.errors import AvatarError
+from training.data.clip import Clip, head_of, make_clip, manner_of
+from training.data.perform import FPS
+from training.data.render import TRAINING_IDENTITIES
+from training.data.speech import RATE, Speaker, make_track
+
+FRAMES, SIZE = 77, 64
+DEMO_FRAMES, DEMO_SIZE, DEMO_SECONDS = 101, 256, 5
+DEMO_IDENTITY = TRAINING_IDENTITIES + 1016
+
+
+def write_video(path: Path, frames: np.ndarray, audio: np.ndarray, crf: int, layout: str) -> None:
+    """h264 and aac at 25 fps; ``layout`` is the pixel format, yuv444p keeps the colour of small pictures."""
+    with av.open(str(path), "w") as file:
+        video = file.add_stream("libx264", rate=FPS, options={"crf": str(crf), "preset": "veryslow", "threads": "1"})
+        video.height, video.width = frames.shape[1:3]
+        video.pix_fmt = layout
+        sound = file.add_stream("aac", rate=RATE, layout="mono")
+        sound.bit_rate = 40_000
+        sound.time_base = Fraction(1, RATE)
+        for picture in frames:
+            file.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        file.mux(video.encode(None))
+        for start in range(0, len(audio), 1024):
+            block = av.AudioFrame.from_ndarray(audio[None, start : start + 1024], format="s16", layout="mono")
+            block.sample_rate, block.pts, block.time_base = RATE, start, Fraction(1, RATE)
+            file.mux(sound.encode(block))
+        file.mux(sound.encode(None))
+
+
+def write_case(folder: Path, reference: Clip, target: Clip) -> None:
+    """One case. The speech is stored with mu-law companding, half the size of plain samples."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_video(folder / "reference.mp4", reference.frames, reference.audio, 13, "yuv444p")
+    write_video(folder / "target.mp4", target.frames, target.audio, 12, "yuv444p")
+    soundfile.write(folder / "speech.wav", target.audio, RATE, subtype="ULAW")
+    cv2.imwrite(str(folder / "scene.png"), target.background[..., ::-1])
+    truth = {name: getattr(target, name).astype(np.float16) for name in ("motion", "mouth", "facebox")}
+    np.savez_compressed(folder / "truth.npz", **truth)
+
+
+def case_identities(count: int) -> list[int]:
+    """Held-out identities, women and men in turn."""
+    found: dict[str, list[int]] = {"female": [], "male": []}
+    identity = TRAINING_IDENTITIES
+    while min(map(len, found.values())) < (count + 1) // 2:
+        found[str(head_of(identity).attributes["sex"])].append(identity)
+        identity += 1
+    pairs = zip(found["female"], found["male"], strict=False)
+    return [i for pair in pairs for i in pair][:count]
+
+
+def write_demo(folder: Path, speaker: Speaker) -> None:
+    """A clear picture of an unseen person, and a longer stretch of the same voice saying something else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clip = make_clip(speaker, DEMO_IDENTITY, 0, frames=DEMO_FRAMES, size=DEMO_SIZE, sampling=2, held_out=True, lead=0.2)
+    write_video(folder / "reference.mp4", clip.frames, clip.audio, 16, "yuv420p")
+    _, voice = manner_of(DEMO_IDENTITY, held_out=True)
+    track = make_track(speaker, voice, np.random.default_rng([DEMO_IDENTITY, 31]), DEMO_SECONDS * FPS, lead=0.25)
+    soundfile.write(folder / "speech.wav", track.wave, RATE, subtype="PCM_16")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m training.data.cases", description="Render the held-out cases.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=24)
+    parser.add_argument("--size", type=int, default=SIZE)
+    a = parser.parse_args(arguments)
+    speaker = Speaker()
+    try:
+        for i, identity in enumerate(case_identities(a.count)):
+            takes = [make_clip(speaker, identity, take, frames=FRAMES, size=a.size, held_out=True) for take in (0, 1)]
+            write_case(a.out / f"case-{i:02d}", *takes)
+            print(f"case-{i:02d}: {takes[1].meta['caption']}; {takes[1].meta['voice']}", flush=True)
+        write_demo(a.out / "demo", speaker)
+    except AvatarError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    finally:
+        speaker.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
