@@ -35,6 +35,8 @@ class VAEMethod:
         dtype: What the convolutions compute in; the weights stay fp32.
         fuse: Compile norm and SiLU into one loop: a minute at the start, a quarter off every step.
         decoder_only: Leave the encoder as it is: what was trained on its latents stays valid.
+        latent_noise: Largest deviation, in units of the latents' own, of noise added to half of the clips' latents:
+            what a diffusion model predicts is never exact.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class VAEMethod:
         if decoder_only:
             for name, p in self.module.named_parameters():
                 p.requires_grad_(name.startswith(("decoder.", "post_quant_conv.")))
+        self.latent_noise = latent_noise
         if fuse:
             vae_blocks.channel_norm_silu = torch.compile(vae_blocks.channel_norm_silu, dynamic=True)
         self.cfg, self.train, self.val = cfg, train, val
@@ -63,6 +66,10 @@ class VAEMethod:
             mean, logvar = (m.float() for m in self.module.encode(video.to(self.dtype)))
             logvar = logvar.clamp(-20, 10)
             z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)
+            if self.latent_noise:
+                strength = (2 * torch.rand((clips, 1, 1, 1, 1), generator=generator) - 1).clamp_min(0)
+                spread = self.latent_noise * mean.detach().std((0, 2, 3, 4), keepdim=True)
+                z = z + strength * spread * torch.randn(z.shape, generator=generator)
             out = self.module.decode_unclamped(z.to(self.dtype), None)[0].float()
         l1, mse, edges = reconstruction_losses(out, video, weight)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
