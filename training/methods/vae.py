@@ -42,7 +42,7 @@ class VAEMethod:
     def __init__(
         self, cfg: VAEConfig, train: Any, val: Any, *, batch: int = 4,
         real_frames: Path | None = None, real_share: float = 0.12, dtype: torch.dtype = torch.bfloat16,
-        fuse: bool = True, decoder_only: bool = False,
+        fuse: bool = True, decoder_only: bool = False, latent_noise: float = 0.0,
     ) -> None:  # fmt: skip
         self.module = VideoVAE(cfg)
         start_near_linear(self.module)
