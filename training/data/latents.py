@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from avatar_rt.config import AvatarConfig, preset
@@ -45,7 +45,7 @@ def scene_latents(vae: VideoVAE, images: list[np.ndarray], boxes: list[np.ndarra
 
 
 @torch.inference_mode()
-def encode_clip(corpus: Corpus, i: int, vae: VideoVAE, speech: SpeechEncoder, num_frames: int) -> dict[str, Tensor]:
+def encode_clip(corpus: Corpus, i: int, vae: VideoVAE, num_frames: int) -> dict[str, Tensor]:
     frames = corpus.frames(i, 0, num_frames)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         z = vae.encode(to_video(frames))[0].float()
@@ -55,42 +55,49 @@ def encode_clip(corpus: Corpus, i: int, vae: VideoVAE, speech: SpeechEncoder, nu
     scenes, masks = scene_latents(
         vae, [corpus.background(i), *(frames[p] for p in picks)], [None, *(boxes[p] for p in picks)]
     )
-    wave = normalise_loudness(corpus.audio(i, 0, num_frames).astype(np.float32) / 32768, 16_000)
     return {
         "latents": vae.normalize(z)[0].transpose(0, 1).half(),
         "scenes": scenes.half(),
         "scene_masks": masks,
-        "speech": speech(torch.from_numpy(wave)[None].float())[0].half(),
         "motion": torch.from_numpy(np.array(corpus.motion(i, 0, num_frames), np.float32)),
         "mouth": torch.from_numpy(np.array(corpus.mouth(i, 0, num_frames), np.float32)),
         "facebox": torch.from_numpy(np.array(boxes, np.float32)),
     }
 
 
-def build(corpus_path: Path, weights: Path, cfg: AvatarConfig, num_frames: int, threads: int) -> None:
-    torch.set_num_threads(threads)
-    corpus = Corpus(corpus_path, split="all")
-    vae, speech = VideoVAE(cfg.vae), SpeechEncoder(cfg.speech)
-    load_weights(vae, weights / "vae.safetensors", dtype=torch.float32)
+@torch.inference_mode()
+def encode_speech(corpus: Corpus, i: int, speech: SpeechEncoder, num_frames: int) -> Tensor:
+    """Features [F, A] fp16 of a clip's sound at -16 LUFS."""
+    wave = normalise_loudness(corpus.audio(i, 0, num_frames).astype(np.float32) / 32768, 16_000)
+    return speech(torch.from_numpy(wave)[None].float())[0].half()
+
+
+def build(corpus_path: Path, weights: Path, cfg: AvatarConfig, num_frames: int, *, speech_only: bool = False) -> None:
+    """Writes the table; with ``speech_only``, only the speech features of the table that is there."""
+    corpus, path = Corpus(corpus_path, split="all"), corpus_path / "latents.safetensors"
+    speech = SpeechEncoder(cfg.speech)
     load_weights(speech, weights / "speech.safetensors", dtype=torch.float32)
-    vae.eval()
-    speech.eval()
-    rows, started = [], time.monotonic()
-    for i in range(len(corpus)):
-        rows.append(encode_clip(corpus, i, vae, speech, num_frames))
-        if (i + 1) % 100 == 0:
-            rate = (i + 1) / (time.monotonic() - started)
-            print(
-                f"clip {i + 1}/{len(corpus)} | {rate:.1f} clip/s, {(len(corpus) - i) / rate / 60:.1f} min left",
-                flush=True,
-            )
-    table = {key: torch.stack([r[key] for r in rows]).contiguous() for key in rows[0]}
-    table["identity"] = torch.tensor([int(v) for v in corpus.identity[: len(corpus)]])
+    if speech_only:
+        table = load_file(path)
+        clips = range(len(table["identity"]))
+    else:
+        vae = VideoVAE(cfg.vae).eval()
+        load_weights(vae, weights / "vae.safetensors", dtype=torch.float32)
+        clips, rows, started = range(len(corpus)), [], time.monotonic()
+        for i in clips:
+            rows.append(encode_clip(corpus, i, vae, num_frames))
+            if (i + 1) % 100 == 0:
+                rate = (i + 1) / (time.monotonic() - started)
+                left = (len(corpus) - i) / rate / 60
+                print(f"clip {i + 1}/{len(corpus)} | {rate:.1f} clip/s, {left:.1f} min left", flush=True)
+        table = {key: torch.stack([r[key] for r in rows]).contiguous() for key in rows[0]}
+        table["identity"] = torch.from_numpy(corpus.identity)
+        captions = [corpus.meta[i].get("caption", "") for i in clips]
+        (corpus_path / "captions.json").write_text(json.dumps(captions))
+    table["speech"] = torch.stack([encode_speech(corpus, i, speech.eval(), num_frames) for i in clips])
     temporary = corpus_path / "latents.tmp"
     save_file(table, temporary)
-    os.replace(temporary, corpus_path / "latents.safetensors")
-    captions = [corpus.meta[i].get("caption", "") for i in range(len(corpus))]
-    (corpus_path / "captions.json").write_text(json.dumps(captions))
+    os.replace(temporary, path)
 
 
 def main() -> None:
@@ -101,10 +108,12 @@ def main() -> None:
     )
     parser.add_argument("--frames", type=int, default=77)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--speech-only", action="store_true", help="renew the speech features of an existing table")
     args = parser.parse_args()
     config = args.weights / "config.json"
     cfg = AvatarConfig.from_json(config.read_text()) if config.exists() else preset("tiny")
-    build(args.corpus, args.weights, cfg, args.frames, args.threads)
+    torch.set_num_threads(args.threads)
+    build(args.corpus, args.weights, cfg, args.frames, speech_only=args.speech_only)
 
 
 if __name__ == "__main__":
