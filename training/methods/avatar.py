@@ -34,12 +34,12 @@ class AvatarSettings:
         shift: Flow shift of the sampled times.
     """
 
-    batch: int = 32
+    batch: int = 24
     window: int = 8
     reference_lengths: tuple[int, ...] = (3, 5, 8)
     mouth_weight: float = 4.0
     face_weight: float = 1.0
-    motion_weight: float = 0.2
+    motion_weight: float = 0.4
     drop_reference: float = 0.1
     drop_audio: float = 0.1
     drop_text: float = 0.5

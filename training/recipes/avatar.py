@@ -19,6 +19,6 @@ def _build(corpus: Path) -> AvatarMethod:
 def avatar() -> Recipe:
     """``tiny`` on two CPU cores: about an hour."""
     return Recipe(
-        name="avatar", build=_build, steps=4000, lr=1e-3, warmup=100, muon_lr=2e-3, ema=0.998,
+        "avatar", _build, steps=2600, lr=1e-3, warmup=100, muon_lr=1.5e-3, ema=0.998,
         checkpoint_every=100, validate_every=500, threads=2,
-    )
+    )  # fmt: skip
