@@ -1,5 +1,6 @@
 """Motion space and encoder: names, grouping by latent frame, statistics, errors."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -119,3 +120,34 @@ def test_moved_pictures_carry_their_shift_and_zoom():
     centre = torch.stack(((mass * x).sum((1, 2)), (mass * y).sum((1, 2))), 1) - 31.5
     expected = torch.tensor([10.0, -6.0]) * zoom[:, None] + shift * 64
     assert torch.allclose(centre, expected, atol=0.1)
+
+
+class _Clips:
+    """Three clips of noise with labels, as a corpus gives them."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def frames(self, clip: int, start: int, count: int) -> np.ndarray:
+        return np.random.default_rng(clip).integers(0, 255, (count, 64, 64, 3)).astype(np.uint8)
+
+    def motion(self, clip: int, start: int, count: int) -> np.ndarray:
+        return np.random.default_rng(clip).random((count, 62)).astype(np.float32)
+
+
+def test_training_step_and_export(tmp_path):
+    from safetensors.torch import load_file
+
+    from training.methods.encoders import MotionMethod
+
+    method = MotionMethod(MotionConfig(base_dim=8), _Clips(), _Clips(), batch=4)
+    losses = [method.step(0, torch.Generator().manual_seed(5))["loss"] for _ in range(2)]
+    assert losses[0].isfinite() and torch.equal(losses[0], losses[1])
+    losses[0].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in method.module.parameters())
+    with torch.no_grad():
+        assert -1 <= method.validate(0, tmp_path)["r_jawOpen"] <= 1
+    method.export(tmp_path)
+    state = load_file(tmp_path / "motion.safetensors")
+    assert state["out.weight"].dtype == torch.bfloat16 and state["std"].dtype == torch.float32
+    MotionEncoder(method.module.cfg).load_state_dict(state)

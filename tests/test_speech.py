@@ -1,5 +1,6 @@
 """Speech encoder: alignment, the promised field of view, pieces equal to the whole, errors."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -108,3 +109,54 @@ def test_speed_change_moves_the_labels_with_the_sound():
     for row in range(2):
         click = int(out[row].argmax())
         assert abs(float(position[row, click // 640]) - 10.0) <= 0.7
+
+
+class _Clips:
+    """Two clips of noise with labels, as a corpus gives them."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def audio(self, clip: int, start: int, count: int) -> np.ndarray:
+        return np.random.default_rng(clip).integers(-3000, 3000, count * 640).astype(np.int16)
+
+    def phonemes(self, clip: int, start: int, count: int) -> np.ndarray:
+        return np.full(count, clip, np.int16)
+
+    def motion(self, clip: int, start: int, count: int) -> np.ndarray:
+        return np.full((count, 62), 0.25 * clip, np.float32)
+
+    def mouth(self, clip: int, start: int, count: int) -> np.ndarray:
+        return np.full(count, 0.1 * clip, np.float32)
+
+
+def test_training_step_and_export(tmp_path):
+    from safetensors.torch import load_file
+
+    from training.methods.encoders import SpeechMethod, mouth_of_phonemes
+
+    phonemes = np.array([0] * 5 + [1] * 10 + [-100] * 3, np.int64)
+    recording = (torch.randn(18 * 640) * 0.1, torch.from_numpy(phonemes), mouth_of_phonemes(phonemes))
+    method = SpeechMethod(
+        SpeechConfig(hidden_dim=16, dim=8), _Clips(), _Clips(), [recording], [recording], frames=24, batch=4
+    )
+    losses = [method.step(0, torch.Generator().manual_seed(5)) for _ in range(2)]
+    assert losses[0]["loss"].isfinite() and torch.equal(losses[0]["loss"], losses[1]["loss"])
+    losses[0]["loss"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in method.module.parameters())
+    with torch.no_grad():
+        assert 0 <= method.validate(0, tmp_path)["accuracy_recorded"] <= 1
+    method.export(tmp_path)
+    state = load_file(tmp_path / "speech.safetensors")
+    assert state["out.weight"].dtype == torch.bfloat16 and state["mel.filters"].dtype == torch.float32
+    SpeechEncoder(method.module.cfg).load_state_dict(state)
+
+
+def test_mouth_of_recorded_phonemes_opens_on_vowels_and_is_unknown_beside_gaps():
+    from training.data.phonemes import ID
+    from training.methods.encoders import mouth_of_phonemes
+
+    phonemes = np.array([0] * 10 + [ID["AA"]] * 10 + [0] * 10 + [-100] * 5, np.int64)
+    jaw = mouth_of_phonemes(phonemes)[:, 1 + MOUTH_COEFFICIENTS.index("jawOpen")]
+    assert jaw[11:14].min() > 0.4 and jaw[2:6].max() < 0.05
+    assert jaw[30:].isnan().all() and jaw[:25].isfinite().all()

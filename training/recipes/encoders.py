@@ -24,9 +24,9 @@ def _motion(corpus: Path) -> MotionMethod:
 
 def speech() -> Recipe:
     """Speech encoder, from ``talk.npz`` (training.data.talk) and ``recorded`` (training.data.align), if there."""
-    return Recipe("encoders.speech", _speech, steps=1500, lr=2e-3, warmup=100, weight_decay=0.05, ema=0.99)
+    return Recipe("encoders.speech", _speech, steps=4000, lr=1.5e-3, warmup=100, weight_decay=0.05, ema=0.99)
 
 
 def motion() -> Recipe:
-    """Motion encoder: about ten minutes on one thread."""
-    return Recipe("encoders.motion", _motion, steps=2500, lr=2e-3, warmup=100, weight_decay=0.02, ema=0.995)
+    """Motion encoder, from the rendered corpus."""
+    return Recipe("encoders.motion", _motion, steps=8000, lr=2e-3, warmup=100, weight_decay=0.02, ema=0.995)
