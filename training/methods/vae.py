@@ -166,10 +166,10 @@ def region(boxes: np.ndarray, shape: tuple[int, ...], x0: float, y0: float, x1: 
 
 
 def face_weight(boxes: np.ndarray | None, shape: tuple[int, ...]) -> Tensor:
-    """[1, F, H, W]: 1, eyes 2, mouth 4; all 1.5 where there is no box."""
+    """[1, F, H, W]: 1, eyes 3, mouth 4; all 1.5 where there is no box."""
     if boxes is None:
         return torch.full((1, *shape), 1.5)
-    weight = 1 + region(boxes, shape, *EYES).float() + 3 * region(boxes, shape, *MOUTH).float()
+    weight = 1 + 2 * region(boxes, shape, *EYES).float() + 3 * region(boxes, shape, *MOUTH).float()
     return weight[None]
 
 
