@@ -75,7 +75,7 @@ def write_demo(folder: Path, speaker: Speaker) -> None:
     clip = make_clip(speaker, DEMO_IDENTITY, 0, frames=DEMO_FRAMES, size=DEMO_SIZE, sampling=2, held_out=True, lead=0.2)
     write_video(folder / "reference.mp4", clip.frames, clip.audio, 16, "yuv420p")
     _, voice = manner_of(DEMO_IDENTITY, held_out=True)
-    track = make_track(speaker, voice, np.random.default_rng([DEMO_IDENTITY, 31]), DEMO_SECONDS * FPS, lead=0.25)
+    track = make_track(speaker, voice, np.random.default_rng([DEMO_IDENTITY, 31]), DEMO_SECONDS * FPS, 0.25, True)
     soundfile.write(folder / "speech.wav", track.wave, RATE, subtype="PCM_16")
 
 

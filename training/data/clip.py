@@ -168,12 +168,12 @@ def make_clip(speaker: Speaker, identity: int, take: int, *, frames: int = 77, s
               held_out: bool = False, lead: float | None = None) -> Clip:  # fmt: skip
     """Take number ``take`` of an identity: the same person, voice and style, another scene and sentence.
 
-    The same arguments give the same clip. ``held_out`` chooses among voices that are kept out of training.
+    The same arguments give the same clip. ``held_out`` chooses voices and sentences that are kept out of training.
     """
     head, scene = head_of(identity), draw_scene(identity * 1009 + take)
     style, voice = manner_of(identity, held_out)
     rng = np.random.default_rng([identity, take, 22])
-    track: Utterance = make_track(speaker, voice, rng, frames, lead)
+    track: Utterance = make_track(speaker, voice, rng, frames, lead, held_out)
     motion, shift = perform(track, style, rng, frames)
     seen = render_frames(head, scene, motion, shift, size, sampling)
     meta = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 
 _WHO = (
@@ -80,8 +82,23 @@ def _pick(rng: np.random.Generator, words: tuple[str, ...]) -> str:
     return words[int(rng.integers(len(words)))]
 
 
-def make_sentence(rng: np.random.Generator) -> str:
-    """One sentence of about two to four seconds."""
+def is_held_out(sentence: str) -> bool:
+    """Whether a sentence belongs to the tenth that training never hears."""
+    return zlib.crc32(sentence.encode()) % 10 == 0
+
+
+def make_sentence(rng: np.random.Generator, held_out: bool = False) -> str:
+    """One sentence of about two to four seconds, of those for training or of those kept out of it.
+
+    A held-out one has at least nine words: shorter ones are too few to be new in substance.
+    """
+    while True:
+        sentence = _draw(rng)
+        if is_held_out(sentence) == held_out and (not held_out or len(sentence.split()) >= 9):
+            return sentence
+
+
+def _draw(rng: np.random.Generator) -> str:
     kind = rng.random()
     if kind < 0.2:
         words = _pick(rng, _SAY)

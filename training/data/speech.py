@@ -215,11 +215,17 @@ class Speaker:
 
 
 def make_track(
-    speaker: Speaker, voice: Voice, rng: np.random.Generator, frames: int, lead: float | None = None
+    speaker: Speaker,
+    voice: Voice,
+    rng: np.random.Generator,
+    frames: int,
+    lead: float | None = None,
+    held_out: bool = False,
 ) -> Utterance:
     """Sentences with pauses between them, cut to ``frames`` video frames; ``lead`` seconds of silence at first.
 
-    The beginning may lie inside a sentence when ``lead`` is None.
+    The beginning may lie inside a sentence when ``lead`` is None. ``held_out`` chooses sentences that training
+    never hears.
     """
     length = frames * SAMPLES_PER_FRAME
     wave = np.zeros(0, np.float32)
@@ -230,7 +236,7 @@ def make_track(
         now = len(wave) / RATE
         wave = np.concatenate([wave, np.zeros(int(pause * RATE), np.float32)])
         phones.append((SILENCE, now, len(wave) / RATE))
-        said = speaker.say(voice, make_sentence(rng))
+        said = speaker.say(voice, make_sentence(rng, held_out))
         now = len(wave) / RATE
         phones += [(p, a + now, b + now) for p, a, b in said.phones]
         wave = np.concatenate([wave, said.wave])
