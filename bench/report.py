@@ -68,7 +68,8 @@ def _clips(data: dict) -> list[str]:
         f"{total} clips of real people (not part of the repository; `python -m bench.clips`): {total - refused} ran, "
         f"{refused} refused.",
         f"Face similarity of the generated video to its own reference {own:.2f}, to the others {others:.2f};",
-        f"its own is nearest in {sum(c['nearest_is_own'] for c in rows)} of {len(rows)}. Per clip: `bench/results/clips.json`.",
+        f"its own is nearest in {sum(c['nearest_is_own'] for c in rows)} of {len(rows)}. "
+        "Per clip: `bench/results/clips.json`.",
     ]
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import wave
 from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 
 from avatar_rt.__main__ import SAMPLES, main
 
@@ -26,7 +26,11 @@ def test_generate_writes_video_and_sheet(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def _wav(path: Path, samples: np.ndarray) -> str:
-    soundfile.write(path, samples, 16_000)
+    with wave.open(str(path), "wb") as f:
+        f.setnchannels(1)
+        f.setsampwidth(2)
+        f.setframerate(16_000)
+        f.writeframes((samples * 32767).astype(np.int16).tobytes())
     return str(path)
 
 
