@@ -34,9 +34,9 @@ class AvatarSettings:
         shift: Flow shift of the sampled times.
     """
 
-    batch: int = 24
+    batch: int = 16
     window: int = 8
-    reference_lengths: tuple[int, ...] = (3, 5, 8)
+    reference_lengths: tuple[int, ...] = (3, 5)
     mouth_weight: float = 4.0
     face_weight: float = 1.0
     motion_weight: float = 0.4
