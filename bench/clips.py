@@ -38,7 +38,7 @@ def run_clip(engine: AvatarEngine, clip: Path, speech: Path, seconds: float, **o
 
 
 def similarities(results: list[dict]) -> list[dict]:
-    """Adds ``own``, ``others`` and ``ceiling`` to every clip that ran and whose faces were found."""
+    """One row a clip: ``own``, ``others`` and ``ceiling`` similarity, or the sentence that refused it."""
     embed = FaceEmbedder()
     ran = [r for r in results if "video" in r]
     refs = [embed.clip(r["reference"], 6)[0] for r in ran]
@@ -50,15 +50,11 @@ def similarities(results: list[dict]) -> list[dict]:
             continue
         i = next(k for k, other in enumerate(ran) if other is r)
         made, missed = embed.clip(r["video"], 6)
+        own, others = float(made @ refs[i]), [float(made @ v) for k, v in enumerate(refs) if k != i]
         half = len(r["reference"]) // 2
-        a, b = embed.clip(r["reference"][:half], 3)[0], embed.clip(r["reference"][half:], 3)[0]
-        row |= {"frames": len(r["video"]), "faces_missed": missed}
-        if made is not None and refs[i] is not None:
-            others = [float(made @ v) for k, v in enumerate(refs) if k != i and v is not None]
-            row |= {"own": float(made @ refs[i]), "others": float(np.mean(others)) if others else None}
-            row["nearest_is_own"] = bool(not others or row["own"] > max(others))
-        if a is not None and b is not None:
-            row["ceiling"] = float(a @ b)
+        a, b = (embed.clip(part, 3)[0] for part in (r["reference"][:half], r["reference"][half:]))
+        row |= {"frames": len(r["video"]), "faces_missed": missed, "own": own, "ceiling": float(a @ b)}
+        row |= {"others": float(np.mean(others or [0])), "nearest_is_own": own > max(others, default=-1)}
         rows.append(row)
     return rows
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from avatar_rt.scene.image import NOMINAL_FACE
+
 CHIP = 150  # the network's own input size
 
 
@@ -32,26 +34,27 @@ class FaceEmbedder:
         self.net = dlib.face_recognition_model_v1(str(models / "dlib_face_recognition_resnet_model_v1.dat"))
         self.detector = dlib.get_frontal_face_detector()
 
-    def __call__(self, image: np.ndarray, box: np.ndarray | None = None) -> np.ndarray | None:
-        """Embedding [128] of the largest face of uint8 [H, W, 3], or of the given box; None when there is no face."""
+    def __call__(self, image: np.ndarray) -> tuple[np.ndarray, bool]:
+        """Embedding [128] of the largest face of uint8 [H, W, 3], and whether the detector saw one.
+
+        Where it sees none, the place a face-centred crop has its face is taken, and the caller counts the miss.
+        """
         scale = max(1, round(256 / min(image.shape[:2])))
         image = np.ascontiguousarray(cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC))
-        if box is None:
-            found = self.detector(image, 0)
-            if not found:
-                return None
+        found = self.detector(image, 0)
+        if found:
             rect = max(found, key=lambda r: r.area())
         else:
-            rect = self.dlib.rectangle(*(round(float(v) * scale) for v in box))
+            h, w = image.shape[:2]
+            x0, y0, x1, y1 = (round(v * s) for v, s in zip(NOMINAL_FACE, (w, h, w, h), strict=True))
+            rect = self.dlib.rectangle(x0, y0, x1, y1)
         chip = self.dlib.get_face_chip(image, self.shape(image, rect), size=CHIP)
         v = np.array(self.net.compute_face_descriptor(chip))
-        return v / np.linalg.norm(v)
+        return v / np.linalg.norm(v), bool(found)
 
-    def clip(self, frames: np.ndarray, count: int = 8, box: np.ndarray | None = None) -> tuple[np.ndarray | None, int]:
-        """Mean embedding of ``count`` evenly spaced frames, and how many of them had no face."""
+    def clip(self, frames: np.ndarray, count: int = 8) -> tuple[np.ndarray, int]:
+        """Mean embedding of ``count`` evenly spaced frames, and in how many of them no face was detected."""
         picks = np.linspace(0, len(frames) - 1, count).round().astype(int)
-        found = [v for v in (self(frames[i], box) for i in picks) if v is not None]
-        if not found:
-            return None, count
-        mean = np.mean(found, axis=0)
-        return mean / np.linalg.norm(mean), count - len(found)
+        found = [self(frames[i]) for i in picks]
+        mean = np.mean([v for v, _ in found], axis=0)
+        return mean / np.linalg.norm(mean), sum(not seen for _, seen in found)
