@@ -173,19 +173,21 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         if self.time_conv is not None:
-            x, state = self._double_time(x, state)
+            x, state = _double_time(self.time_conv, x, state)
         return self.conv(F.interpolate(x, scale_factor=(1.0, 2.0, 2.0), mode="nearest")), state or ()
 
-    def _double_time(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
-        first = None
-        if state is None:
-            first, x = x[:, :, :1], x[:, :, 1:]
-            state = (first.new_zeros(*first.shape[:2], 2, *first.shape[3:]),)
-        if x.shape[2]:
-            b, c, t, h, w = x.shape
-            x, state = self.time_conv(x, state)
-            x = x.reshape(b, 2, c, t, h, w).permute(0, 2, 3, 1, 4, 5).reshape(b, c, 2 * t, h, w)
-        return x if first is None else torch.cat([first, x], dim=2), state
+
+def _double_time(conv: CausalConv3d, x: Tensor, state: State | None) -> tuple[Tensor, State]:
+    """Two frames out for each frame in, but one for the first of a stream."""
+    first = None
+    if state is None:
+        first, x = x[:, :, :1], x[:, :, 1:]
+        state = (first.new_zeros(*first.shape[:2], 2, *first.shape[3:]),)
+    if x.shape[2]:
+        b, c, t, h, w = x.shape
+        x, state = conv(x, state)
+        x = x.reshape(b, 2, c, t, h, w).permute(0, 2, 3, 1, 4, 5).reshape(b, c, 2 * t, h, w)
+    return x if first is None else torch.cat([first, x], dim=2), state
 
 
 class OutputHead(nn.Module):
