@@ -90,8 +90,8 @@ def _generate(args: argparse.Namespace, reference: Path, speech: Path, output: P
     from avatar_rt.media.writer import check_output
 
     check_output(output)
-    if sheet is not None and sheet.suffix.lower() != ".png":
-        raise InputError(f"{sheet}: expected a contact sheet ending in .png")
+    if sheet is not None:
+        check_output(sheet, (".png",))
     from avatar_rt.engine import AvatarEngine
 
     started = time.monotonic()
@@ -119,8 +119,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "generate":
             _generate(args, args.reference, args.speech, args.output, args.sheet)
         else:
-            args.out.mkdir(parents=True, exist_ok=True)
             out = args.out
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise InputError(f"{out}: expected a folder that can be made ({e.strerror})") from None
             _generate(args, SAMPLES / "reference.mp4", SAMPLES / "speech.wav", out / "demo.mp4", out / "demo.png")
     except AvatarError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -213,7 +213,7 @@ class AvatarEngine:
 
 
 class Session:
-    """One stream: sound goes in, frames come out. Holds the chunk state and the decoder's, and nothing else grows."""
+    """One stream: sound goes in, frames come out. Holds the sound, the chunk state and the decoder's; no frame stays."""
 
     def __init__(
         self,

@@ -44,6 +44,7 @@ def _wav(path: Path, samples: np.ndarray) -> str:
         ({"output": "out.txt"}, "out.txt"),
         ({"more": ["--scene", "nowhere.png"]}, "nowhere.png"),
         ({"more": ["--sheet", "sheet.doc"]}, "sheet.doc"),
+        ({"more": ["--sheet", "nowhere/sheet.png"]}, "nowhere"),
         ({"more": ["--device", "abacus"]}, "abacus"),
         ({"more": ["--bundle", "nowhere"]}, "nowhere"),
     ],
@@ -57,6 +58,12 @@ def test_refuses_with_one_sentence(
     told = capsys.readouterr().err.strip()
     assert told.startswith("error: ") and sentence in told and "\n" not in told
     assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_needs_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").write_text("a file")
+    assert main(["demo", "--out", str(tmp_path / "out")]) == 2
+    assert "expected a folder" in capsys.readouterr().err
 
 
 def test_too_short_speech(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,15 +25,15 @@ _AAC_BLOCK = 1024
 _X264 = {"crf": "16", "preset": "medium", "threads": "2"}
 
 
-def check_output(path: str | os.PathLike[str]) -> Path:
-    """Prove, before any work is done, that a video can be written here.
+def check_output(path: str | os.PathLike[str], extensions: tuple[str, ...] = EXTENSIONS) -> Path:
+    """Prove, before any work is done, that a file of such an extension can be written here.
 
     Raises: InputError on an unknown extension, a directory, a missing or an unwritable folder.
     """
     file = Path(path)
-    if file.suffix.lower() not in EXTENSIONS:
+    if file.suffix.lower() not in extensions:
         got = f"the extension {file.suffix!r}" if file.suffix else "no extension"
-        raise InputError(f"{file}: expected an output ending in {', '.join(EXTENSIONS)}, got {got}")
+        raise InputError(f"{file}: expected an output ending in {', '.join(extensions)}, got {got}")
     if file.is_dir():
         raise InputError(f"{file}: expected a file name for the output, got a directory")
     if not file.parent.is_dir():
