@@ -213,7 +213,7 @@ class AvatarEngine:
 
 
 class Session:
-    """One stream: sound goes in, frames come out. Holds the sound, the chunk state and the decoder's; no frame stays."""
+    """One stream: sound goes in, frames come out. Keeps the sound, the chunk state, the decoder's state, and no frame."""
 
     def __init__(
         self,
