@@ -213,7 +213,7 @@ class AvatarEngine:
 
 
 class Session:
-    """One stream: sound goes in, frames come out. Keeps the sound, the chunk's state and the decoder's, and no frame."""
+    """One stream: sound goes in, frames come out. Keeps the sound and the state between chunks, and no frame."""
 
     def __init__(
         self,
