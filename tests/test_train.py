@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from avatar_rt.errors import InputError
+from avatar_rt.models.weights import save_weights
 from training.recipe import Recipe
 from training.train import _overrides, learning_rate, main, train
 
@@ -62,6 +63,16 @@ def test_resume_is_bit_equal(tmp_path: Path) -> None:
     assert resumed.step == straight.step == 40
     for key, value in _exported(tmp_path / "a").items():
         assert torch.equal(value, _exported(tmp_path / "b")[key]), key
+
+
+def test_a_run_may_start_from_parts_or_a_checkpoint(tmp_path: Path) -> None:
+    first = train(replace(RECIPE, steps=3, ema=0.0), tmp_path, tmp_path / "a")
+    for name, part in first.method.module.named_children():
+        save_weights(part, tmp_path / f"{name}.safetensors", dtype=torch.float32)
+    for init in (tmp_path, tmp_path / "a" / "checkpoint.pt"):
+        again = train(replace(RECIPE, steps=0), tmp_path, tmp_path / "b", init=init)
+        for a, b in zip(first.method.module.parameters(), again.method.module.parameters(), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_it_learns(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import nn
 
 from avatar_rt.errors import AvatarError, InputError
+from avatar_rt.models.weights import load_weights
 from training.muon import ConvMuon
 from training.recipe import Method, Recipe
 
@@ -169,8 +170,7 @@ def train(recipe: Recipe, corpus: Path, out: Path, *, resume: bool = False, init
     if resume and (out / "checkpoint.pt").exists():
         run.load()
     elif init is not None:
-        state = torch.load(init, weights_only=True)
-        run.method.module.load_state_dict(state["average"] or state["module"])
+        _start_from(run.method.module, init)
         run.average = {k: v.clone() for k, v in run.method.module.state_dict().items()} if recipe.ema else None
     if run.rank:
         run.average = None
@@ -208,6 +208,16 @@ def train(recipe: Recipe, corpus: Path, out: Path, *, resume: bool = False, init
     return run
 
 
+def _start_from(module: nn.Module, init: Path) -> None:
+    """Weights of a checkpoint, or of a folder with one <part>.safetensors for each child of the module."""
+    if init.is_dir():
+        for name, part in module.named_children():
+            load_weights(part, init / f"{name}.safetensors", dtype=torch.float32)
+    else:
+        state = torch.load(init, weights_only=True)
+        module.load_state_dict(state["average"] or state["module"])
+
+
 def _overrides(recipe: Recipe, settings: list[str]) -> Recipe:
     types = {f.name: type(getattr(recipe, f.name)) for f in dataclasses.fields(recipe)}
     values: dict[str, Any] = {}
@@ -225,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --out, if any")
-    parser.add_argument("--init", type=Path, help="checkpoint of another run to start the weights from")
+    parser.add_argument("--init", type=Path, help="checkpoint, or folder of parts, to start the weights from")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one recipe field")
     args = parser.parse_args(argv)
     module, _, function = args.recipe.partition(".")
