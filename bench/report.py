@@ -53,7 +53,7 @@ def _cases(data: dict) -> list[str]:
         f"| {r['retrieval_top1_truth']:.0%} |",
         f"| mouth opening against the true one, r | {r['mouth_r_own']:.2f} | {r['mouth_r_truth']:.2f} |",
         f"| mouth opening against another case's, r | {r['mouth_r_other']:.2f} | |",
-        f"| motion energy over the true video's, median | {r['energy_ratio_median']:.2f} | 1 |",
+        f"| motion energy over the true video's behind the VAE, median | {r['energy_ratio_median']:.2f} | 1 |",
         f"| seconds for a case of 3.1 s | {r['seconds_per_case']:.1f} | |",
     ]
 
