@@ -30,6 +30,8 @@ class AvatarSettings:
         reference_lengths: Latent frames of the reference, one drawn per batch.
         mouth_weight, face_weight: Added to the flow loss's weight map there, before it is normalised to mean 1.
         motion_weight: Weight of the motion stream's flow loss.
+        temporal_weight: Weight of the same loss on differences between neighbouring frames: most of a mouth's latent
+            never changes in a clip, and the little that does is what speech decides.
         drop_*: Probability that a condition is absent; the reference is dropped for a whole batch.
         shift: Flow shift of the sampled times.
     """
@@ -37,9 +39,10 @@ class AvatarSettings:
     batch: int = 16
     window: int = 8
     reference_lengths: tuple[int, ...] = (3, 5)
-    mouth_weight: float = 4.0
+    mouth_weight: float = 10.0
     face_weight: float = 1.0
     motion_weight: float = 0.4
+    temporal_weight: float = 1.0
     drop_reference: float = 0.1
     drop_audio: float = 0.1
     drop_text: float = 0.5
@@ -178,15 +181,14 @@ class AvatarMethod:
         face, mouth = b["weight"].unbind(1)
         weight = 1 + s.face_weight * face + s.mouth_weight * mouth
         weight = (weight / weight.mean((1, 2), keepdim=True))[:, None, None]
-        error = (v - (noise - b["x"]))[:, :, prefix:].square()
+        residual = (v - (noise - b["x"]))[:, :, prefix:]
+        error = residual.square()
         motion_error = (vm - (motion_noise - b["motion"]))[:, prefix:].square()
         flow, motion_flow = (error * weight).mean(), motion_error.mean()
-        return {
-            "loss": flow + s.motion_weight * motion_flow,
-            "flow": flow,
-            "motion": motion_flow,
-            "plain": error.detach().mean((1, 2, 3, 4)),
-        }
+        temporal = 0.5 * (residual.diff(dim=2).square() * weight).mean()
+        loss = flow + s.temporal_weight * temporal + s.motion_weight * motion_flow
+        plain = error.detach().mean((1, 2, 3, 4))
+        return {"loss": loss, "flow": flow, "temporal": temporal, "motion": motion_flow, "plain": plain}
 
     # ---- Method ----------------------------------------------------------------------------------------------------
 
