@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from avatar_rt.config import SAMPLES_PER_FRAME
 from avatar_rt.errors import ArtifactError, InputError
 
 ARRAYS = ("frames", "audio", "motion", "phonemes", "mouth", "background", "facebox")
 VALIDATION_STRIDE = 20  # every 20th identity is for validation
-SAMPLES_PER_FRAME = 640
 
 
 class Corpus:

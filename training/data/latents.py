@@ -21,15 +21,11 @@ from avatar_rt.media.audio import normalise_loudness
 from avatar_rt.models.speech import SpeechEncoder
 from avatar_rt.models.vae import VideoVAE
 from avatar_rt.models.weights import load_weights
+from avatar_rt.pipeline.reference import to_video
 from avatar_rt.scene.image import blank_head, latent_mask
 from training.data.corpus import Corpus
 
 SCENES_PER_CLIP = 3  # the empty place, and two frames with the head blanked
-
-
-def to_video(frames: np.ndarray) -> Tensor:
-    """uint8 [F, H, W, 3] -> fp32 [1, 3, F, H, W] in -1..1."""
-    return torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
 
 
 def scene_latents(vae: VideoVAE, images: list[np.ndarray], boxes: list[np.ndarray | None]) -> tuple[Tensor, Tensor]:

@@ -203,25 +203,18 @@ class AvatarMethod:
 
     def validate(self, step: int, out: Path) -> dict[str, float]:
         """Flow loss at fixed times on held-out identities, with every condition, and without speech or reference."""
+        wrong = {"wrong_audio": ("audio",), "wrong_ref": ("ref", "ref_audio", "ref_motion")}
         result = {}
         with torch.autocast("cpu", dtype=torch.bfloat16):
             for t in (0.3, 0.6, 0.9):
-                g = torch.Generator().manual_seed(1)
-                batch = self.batch(self.table.val, g, 32, first=True)
-                values = self.loss(batch, torch.full((32,), t), g, drop=False)
-                result[f"flow@{t}"] = float(values["plain"].mean())
-                result[f"motion@{t}"] = float(values["motion"])
-                g = torch.Generator().manual_seed(1)
-                batch = self.batch(self.table.val, g, 32, first=True)
-                batch["audio"] = batch["audio"].roll(1, 0)
-                result[f"wrong_audio@{t}"] = float(
-                    self.loss(batch, torch.full((32,), t), g, drop=False)["plain"].mean()
-                )
-                g = torch.Generator().manual_seed(1)
-                batch = self.batch(self.table.val, g, 32, first=True)
-                for key in ("ref", "ref_audio", "ref_motion"):
-                    batch[key] = batch[key].roll(1, 0)
-                result[f"wrong_ref@{t}"] = float(self.loss(batch, torch.full((32,), t), g, drop=False)["plain"].mean())
+                for name, rolled in {"flow": (), **wrong}.items():
+                    g = torch.Generator().manual_seed(1)  # the same batch and noise each time
+                    batch = self.batch(self.table.val, g, 32, first=True)
+                    batch |= {key: batch[key].roll(1, 0) for key in rolled}
+                    values = self.loss(batch, torch.full((32,), t), g, drop=False)
+                    result[f"{name}@{t}"] = float(values["plain"].mean())
+                    if not rolled:
+                        result[f"motion@{t}"] = float(values["motion"])
         return result
 
     def export(self, out: Path) -> None:

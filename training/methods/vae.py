@@ -10,13 +10,13 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from avatar_rt.config import VAEConfig
 from avatar_rt.models import vae_blocks
 from avatar_rt.models.vae import VideoVAE
 from avatar_rt.models.vae_blocks import CausalConv3d, FrameAttention, FrameConv2d, ResidualBlock
+from avatar_rt.models.weights import save_weights
 
 KL_WEIGHT = 1e-5  # of the mean over latent elements
 EDGE_WEIGHT = 0.5
@@ -119,8 +119,7 @@ class VAEMethod:
     @torch.compiler.set_stance("force_eager")
     def export(self, out: Path) -> None:
         """``vae.safetensors`` in bf16 and ``vae_stats.json`` with the statistics of the latents over the corpus."""
-        state = {k: v.bfloat16().contiguous() for k, v in self.module.state_dict().items()}
-        save_file(state, str(out / "vae.safetensors"))
+        save_weights(self.module, out / "vae.safetensors", dtype=torch.bfloat16)
         mean, std = latent_statistics(self.module, self.train)
         (out / "vae_stats.json").write_text(json.dumps({"latent_mean": mean, "latent_std": std}, indent=1) + "\n")
 
