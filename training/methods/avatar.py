@@ -38,16 +38,16 @@ class AvatarSettings:
 
     batch: int = 16
     window: int = 8
-    reference_lengths: tuple[int, ...] = (3, 5)
+    reference_lengths: tuple[int, ...] = (3, 5, 8)
     mouth_weight: float = 10.0
-    face_weight: float = 1.0
+    face_weight: float = 4.0
     motion_weight: float = 0.4
     temporal_weight: float = 1.0
     drop_reference: float = 0.1
     drop_audio: float = 0.1
     drop_text: float = 0.5
     continue_rate: float = 0.5
-    shift: float = 2.0
+    shift: float = 3.0
 
 
 class Table:
