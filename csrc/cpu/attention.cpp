@@ -2,12 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 #include "cpu/attention_job.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 
 namespace avatar_rt::cpu {
 namespace {
@@ -36,21 +34,6 @@ const AttentionKernel& kernel_for(DType dtype, Isa isa) {
 const char* at(const View& view, int64_t element, int64_t b, int64_t row, int64_t n) {
     return static_cast<const char*>(view.data) +
            element * (b * view.batch_stride + row * view.row_stride + n * view.head_stride);
-}
-
-// Memory of one thread, kept for its next call.
-void* scratch_of_thread(size_t bytes) {
-    struct Free {
-        void operator()(void* p) const { std::free(p); }
-    };
-    thread_local std::unique_ptr<void, Free> memory;
-    thread_local size_t size = 0;
-    if (size < bytes) {
-        memory.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-        size = memory ? bytes : 0;
-        if (!memory) throw std::bad_alloc();
-    }
-    return memory.get();
 }
 
 struct Plan {

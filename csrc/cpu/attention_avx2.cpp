@@ -1,6 +1,7 @@
 // AVX2 with FMA: eight floats, sixteen registers.
 #include <immintrin.h>
 
+#include "cpu/attention_backward_f32.h"
 #include "cpu/attention_f32.h"
 
 namespace avatar_rt::cpu {
@@ -30,5 +31,7 @@ struct Avx2 {
 
 const AttentionKernel kAttentionF32Avx2 = make_kernel<F32Policy<Avx2, float>>();
 const AttentionKernel kAttentionBf16Avx2 = make_kernel<F32Policy<Avx2, uint16_t>>();
+const AttentionBackwardKernel kAttentionBackwardF32Avx2 = make_backward_kernel<BackwardF32<Avx2, float>>();
+const AttentionBackwardKernel kAttentionBackwardBf16Avx2 = make_backward_kernel<BackwardF32<Avx2, uint16_t>>();
 
 }  // namespace avatar_rt::cpu

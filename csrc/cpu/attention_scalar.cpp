@@ -1,4 +1,5 @@
 // Baseline of the target: the compiler's own vector type, four floats, which every machine has or emulates.
+#include "cpu/attention_backward_f32.h"
 #include "cpu/attention_f32.h"
 
 namespace avatar_rt::cpu {
@@ -36,5 +37,7 @@ struct Baseline {
 
 const AttentionKernel kAttentionF32Scalar = make_kernel<F32Policy<Baseline, float>>();
 const AttentionKernel kAttentionBf16Scalar = make_kernel<F32Policy<Baseline, uint16_t>>();
+const AttentionBackwardKernel kAttentionBackwardF32Scalar = make_backward_kernel<BackwardF32<Baseline, float>>();
+const AttentionBackwardKernel kAttentionBackwardBf16Scalar = make_backward_kernel<BackwardF32<Baseline, uint16_t>>();
 
 }  // namespace avatar_rt::cpu
