@@ -177,7 +177,7 @@ struct Plan {
         job.dq = args.dq ? dq_parts(memory, chunk) : nullptr;
         job.dq_stride = dq_stride;
         job.scale = call.scale;
-        job.scale_log2 = call.scale * 1.44269504f;
+        job.scale_log2 = call.scale * 1.44269504f;  // as in the forward pass
         job.bias_log2 = is_fresh ? 0.f : std::log2(args.strength);
         job.dk = at(is_fresh ? args.dk : args.dref_k, k.rows, head, row);
         job.dv = at(is_fresh ? args.dv : args.dref_v, v.rows, head, row);

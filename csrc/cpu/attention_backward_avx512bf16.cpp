@@ -56,22 +56,23 @@ struct BackwardPairs {
     }
 
     static void weigh(const float* s, const float* dp, int rows, int lanes, float scale_log2, float bias_log2,
-                      const float* lse, const float* delta, uint32_t* p, uint32_t* ds, uint32_t* deep_ds) {
+                      const Queries<BackwardPairs>& queries, uint32_t* p, uint32_t* ds, uint32_t* deep_ds) {
         alignas(64) static const uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                              21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                              11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
         const __m512i order = _mm512_load_si512(kInterleave);
-        const F scale = V::set1(scale_log2), bias = V::set1(bias_log2), zero = V::set1(0.f);
+        const F factor = V::set1(scale_log2), zero = V::set1(0.f);
         const int half = lanes / 2;
         for (int j = 0; j < lanes; j += 16) {
-            const F shift = V::sub(V::load(lse + j), bias), mean = V::load(delta + j);
+            const F high = V::load(queries.lse + j), mean = V::load(queries.delta + j);
+            const F low = V::sub(V::load(queries.lse_low + j), V::set1(bias_log2));
             for (int k = 0; k < rows; k += 2) {
                 const float *even = s + k * lanes + j, *even_dp = dp + k * lanes + j;
-                const F p0 = exp2_lanes<V>(V::fmsub(V::load(even), scale, shift));
+                const F p0 = weight_of<V>(V::load(even), factor, high, low);
                 const F ds0 = V::mul(p0, V::sub(V::load(even_dp), mean));
                 F p1 = zero, ds1 = zero;
                 if (k + 1 < rows) {
-                    p1 = exp2_lanes<V>(V::fmsub(V::load(even + lanes), scale, shift));
+                    p1 = weight_of<V>(V::load(even + lanes), factor, high, low);
                     ds1 = V::mul(p1, V::sub(V::load(even_dp + lanes), mean));
                 }
                 const int at = k * half + j / 2;

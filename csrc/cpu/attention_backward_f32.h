@@ -41,13 +41,14 @@ struct BackwardF32 {
     }
 
     static void weigh(const float* s, const float* dp, int rows, int lanes, float scale_log2, float bias_log2,
-                      const float* lse, const float* delta, float* p, float* ds, float*) {
-        const F scale = V::set1(scale_log2), bias = V::set1(bias_log2), zero = V::set1(0.f);
+                      const Queries<BackwardF32>& queries, float* p, float* ds, float*) {
+        const F factor = V::set1(scale_log2), zero = V::set1(0.f);
         for (int j = 0; j < lanes; j += V::kWidth) {
-            const F shift = V::sub(V::load(lse + j), bias), mean = V::load(delta + j);
+            const F high = V::load(queries.lse + j), mean = V::load(queries.delta + j);
+            const F low = V::sub(V::load(queries.lse_low + j), V::set1(bias_log2));
             for (int k = 0; k < rows; ++k) {
                 const int at = k * lanes + j;
-                const F weight = exp2_lanes<V>(V::fmsub(V::load(s + at), scale, shift));
+                const F weight = weight_of<V>(V::load(s + at), factor, high, low);
                 V::store(p + at, weight);
                 V::store(ds + at, V::mul(weight, V::sub(V::load(dp + at), mean)));
             }

@@ -101,18 +101,25 @@ void product(const typename P::Unit* a, int64_t stride, int rows, const typename
 // Sizes that follow from the head dim, in units.
 template <class P>
 struct Sizes {
-    int channels, steps, width;  // of a packed row in lanes; of a sum over channels; of a row as `a`
+    int channels, steps, width;  // of a row as `b` or `c`; of a sum over channels; of a row as `a`
 
     explicit Sizes(int head_dim)
         : channels(up(head_dim, P::V::kWidth)),
           steps(up(head_dim, P::kDepth) / P::kDepth),
-          width(up(head_dim, 16) / P::kDepth) {}
+          width(P::kDepth == 1 ? channels : up(head_dim, 16) / P::kDepth) {}
 };
+
+// p = 2^(s * scale - high - low). The LSE comes in two parts, because in powers of two its own rounding would be as
+// large as the products'; the factor is the forward pass's, so that what it rounded away is missing on both sides.
+template <class V>
+inline typename V::F weight_of(typename V::F s, typename V::F scale, typename V::F high, typename V::F low) {
+    return exp2_lanes<V>(V::sub(V::fmsub(s, scale, high), low));
+}
 
 // A packed block of queries. Lanes and rows beyond the block's own are zero, which adds nothing to any sum.
 template <class P>
 struct Queries {
-    float *lse, *delta;  // lse in the power-of-two domain
+    float *lse, *lse_low, *delta;  // lse in the power-of-two domain: the sum of both
     typename P::Unit *turned_q, *turned_grad, *q, *grad;
     size_t size = 0;
 
@@ -121,6 +128,7 @@ struct Queries {
         const size_t rows = static_cast<size_t>(block_rows), turned = rows * sizes.steps;
         const size_t deep = rows / P::kDepth * sizes.channels;
         take(&lse, memory, rows, &size);
+        take(&lse_low, memory, rows, &size);
         take(&delta, memory, rows, &size);
         take(&turned_q, memory, turned, &size);
         take(&turned_grad, memory, turned, &size);
@@ -163,7 +171,9 @@ void pack(const QueryPackJob& job) {
     const E* out = static_cast<const E*>(job.out);
     for (int r = 0; r < lanes; ++r) {
         const bool inside = r < job.rows;
-        to.lse[r] = inside ? job.lse[r] * 1.44269504f : 0.f;
+        const double lse = inside ? job.lse[r] * 1.4426950408889634 : 0;
+        to.lse[r] = static_cast<float>(lse);
+        to.lse_low[r] = static_cast<float>(lse - to.lse[r]);
         to.delta[r] = 0;
         if (!inside) continue;
         to.delta[r] = dot_of_rows<typename P::V>(grad + r * job.grad_stride, out + r * job.out_stride, job.head_dim);
@@ -204,6 +214,17 @@ size_t key_scratch_bytes(int head_dim) {
     return KeyScratch<P>(nullptr, head_dim).size;
 }
 
+// A strip of scores, in runs of 64 channels: a long sum is as exact as the short ones it is made of.
+template <class P>
+void scores(const typename P::Unit* a, const Sizes<P>& sizes, int rows, const typename P::Unit* turned, int vectors,
+            float* to) {
+    constexpr int kRun = 64 / P::kDepth;
+    const int lanes = vectors * P::V::kWidth;
+    for (int t = 0; t < sizes.steps; t += kRun)
+        product<P, true>(a + t, sizes.width, rows, turned + t * lanes, lanes, vectors,
+                         sizes.steps - t < kRun ? sizes.steps - t : kRun, to, lanes, t > 0);
+}
+
 // p and ds of a block of keys against a block of queries, a strip of keys at a time.
 template <class P>
 void weigh(const KeyBlockJob& job, const Queries<P>& queries, int lanes, const KeyScratch<P>& to) {
@@ -211,13 +232,11 @@ void weigh(const KeyBlockJob& job, const Queries<P>& queries, int lanes, const K
     const int vectors = lanes / P::V::kWidth, rows = up(job.rows, 2);
     for (int at = 0; at < rows; at += kStrip) {
         const int strip = rows - at < kStrip ? rows - at : kStrip;
-        product<P, true>(to.k + at * sizes.width, sizes.width, strip, queries.turned_q, lanes, vectors, sizes.steps,
-                         to.s, lanes, false);
-        product<P, true>(to.v + at * sizes.width, sizes.width, strip, queries.turned_grad, lanes, vectors, sizes.steps,
-                         to.dp, lanes, false);
+        scores<P>(to.k + at * sizes.width, sizes, strip, queries.turned_q, vectors, to.s);
+        scores<P>(to.v + at * sizes.width, sizes, strip, queries.turned_grad, vectors, to.dp);
         const int own = job.rows - at < strip ? job.rows - at : strip;
-        P::weigh(to.s, to.dp, own, lanes, job.scale_log2, job.bias_log2, queries.lse, queries.delta,
-                 to.p + at * lanes / P::kDepth, to.ds + at * lanes / P::kDepth, to.deep_ds + at / P::kDepth * lanes);
+        P::weigh(to.s, to.dp, own, lanes, job.scale_log2, job.bias_log2, queries, to.p + at * lanes / P::kDepth,
+                 to.ds + at * lanes / P::kDepth, to.deep_ds + at / P::kDepth * lanes);
     }
 }
 
