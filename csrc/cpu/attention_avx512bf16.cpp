@@ -88,8 +88,7 @@ struct PairPolicy {
         block->own_v = reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(block->own_k) + half_bytes(head_dim));
         block->v = block->own_v;
         if (range.layout == KeyLayout::int8) return fill_int8(block, range, first, head_dim);
-        block->k = static_cast<const uint16_t*>(range.k) + first * range.k_stride;
-        block->k_stride = range.k_stride;
+        copy_keys(block, static_cast<const uint16_t*>(range.k) + first * range.k_stride, range.k_stride, head_dim);
         if (range.layout == KeyLayout::pairs) {
             block->v = static_cast<const uint32_t*>(range.v) + first / 2 * (range.v_stride / 2);
             return;
@@ -97,6 +96,13 @@ struct PairPolicy {
         const uint16_t* v = static_cast<const uint16_t*>(range.v) + first * range.v_stride;
         for (int s = 0; s < rows; s += 2, v += 2 * range.v_stride)
             interleave(v, s + 1 < rows ? v + range.v_stride : nullptr, head_dim, block->own_v + s / 2 * head_dim);
+    }
+
+    static void copy_keys(Block* block, const uint16_t* k, int64_t stride, int head_dim) {
+        block->k = block->own_k;
+        block->k_stride = head_dim;
+        for (int s = 0; s < block->rows; ++s)
+            std::memcpy(block->own_k + s * head_dim, k + s * stride, head_dim * sizeof(uint16_t));
     }
 
     static void fill_int8(Block* block, const KeyRange& range, int64_t first, int head_dim) {
@@ -172,7 +178,8 @@ struct PairPolicy {
         const uint32_t* w = reinterpret_cast<const uint32_t*>(weights);
         const int pairs = (b.rows + 1) / 2;
         int d = 0;
-        for (; d + 6 <= head_dim; d += 6) value_pairs<NV, 6>(b.v + d, head_dim, pairs, w, out + d * NV * 16, alpha);
+        for (; d + 6 <= head_dim && head_dim - d != 8; d += 6) value_pairs<NV, 6>(b.v + d, head_dim, pairs, w, out + d * NV * 16, alpha);
+        for (; d + 4 <= head_dim; d += 4) value_pairs<NV, 4>(b.v + d, head_dim, pairs, w, out + d * NV * 16, alpha);
         for (; d + 2 <= head_dim; d += 2) value_pairs<NV, 2>(b.v + d, head_dim, pairs, w, out + d * NV * 16, alpha);
         if (d < head_dim) value_pairs<NV, 1>(b.v + d, head_dim, pairs, w, out + d * NV * 16, alpha);
     }

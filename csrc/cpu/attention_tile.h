@@ -59,19 +59,21 @@ inline void widen_as(const int8_t* x, float scale, int count, T* y) {
     }
 }
 
-// 2^x for x <= 0 (a little above is fine); below -126 it is 2^-126, which no sum in fp32 can see.
+// 2^x for x <= 0 (a little above is fine); below -126 it is 2^-126, which no sum in fp32 can see. The rounding constant
+// leaves the exponent's bits at the bottom of the sum; the product with them keeps a NaN, which adding bits would not.
+// Polynomial: least largest relative error on [-1/2, 1/2] of degree 5 with p(0) = 1, 1.6e-7 in fp32.
 template <class V>
 inline typename V::F exp2_lanes(typename V::F x) {
-    x = V::max(V::set1(-126.f), x);  // the second operand is what survives a NaN
-    const typename V::F n = V::round(x), f = V::sub(x, n);
-    typename V::F p = V::set1(1.534581243e-04f);
-    p = V::fma(p, f, V::set1(1.339993090e-03f));
-    p = V::fma(p, f, V::set1(9.618489072e-03f));
-    p = V::fma(p, f, V::set1(5.550328642e-02f));
-    p = V::fma(p, f, V::set1(2.402264625e-01f));
-    p = V::fma(p, f, V::set1(6.931471825e-01f));
+    const typename V::F rounding = V::set1(12582912.f + 127.f);  // 1.5 * 2^23, and the bias of the exponent
+    x = V::max(V::set1(-126.f), x);                              // the second operand is what survives a NaN
+    const typename V::F n = V::add(x, rounding), f = V::sub(x, V::sub(n, rounding));
+    typename V::F p = V::set1(1.326472731e-03f);
+    p = V::fma(p, f, V::set1(9.671512991e-03f));
+    p = V::fma(p, f, V::set1(5.550733581e-02f));
+    p = V::fma(p, f, V::set1(2.402224243e-01f));
+    p = V::fma(p, f, V::set1(6.931470037e-01f));
     p = V::fma(p, f, V::set1(1.f));
-    return V::scale2(p, n);
+    return V::mul(p, V::exponent(n));
 }
 
 // Per tile: packed queries, transposed output sums, and per query the running maximum (times scale_log2) and sum.
