@@ -232,6 +232,57 @@ def test_gradients_through_the_kernel(dtype):
             assert_accurate(a, b, c)
 
 
+STRENGTHS = (0.0, 0.5, 1.0, 2.0)
+
+
+def weighted_mask(rows: int, num_frames: int, radius: int, reference: int, strength: float) -> Tensor:
+    mask = band_mask(rows, num_frames, radius, reference)
+    mask[:, rows:] = torch.tensor(strength, dtype=torch.float64).log()
+    return mask
+
+
+@pytest.mark.parametrize("strength", STRENGTHS)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strength_multiplies_reference_weights(dtype, isa, strength):
+    """Both ops: the definition against a dense additive mask of log(strength), the kernel against the definition."""
+    args = inputs((2, 70, 70, 131, 2, 64), dtype)
+    wide = doubled(*args)
+    for num_frames, radius in ((1, 0), (7, 1)):
+        mask = weighted_mask(70, num_frames, radius, 131, strength)
+        truth, truth_lse = _local_ref(*wide, num_frames, radius, 0.125, strength)
+        want, want_lse = dense(*wide, 0.125, mask)
+        torch.testing.assert_close(truth, want, rtol=0, atol=1e-12)
+        torch.testing.assert_close(truth_lse, want_lse, rtol=0, atol=1e-12)
+        out, lse = run_native(*args, num_frames, radius, 0.125, strength, isa=isa)
+        assert_accurate(out, plain(*args, 0.125, mask), truth)
+        assert_accurate(lse, dense(*[x.float() for x in args], 0.125, mask.float())[1], truth_lse)
+
+
+def test_strength_0_and_1_are_no_reference_and_a_plain_one():
+    q, k, v, ref_k, ref_v = inputs((2, 20, 20, 97, 2, 16))
+    for op in (sparse_reference_attention, lambda *a, **s: local_temporal_attention(*a, num_frames=4, radius=1, **s)):
+        assert torch.equal(op(q, k, v, ref_k, ref_v, strength=0.0), op(q, k, v))
+        assert torch.equal(op(q, k, v, ref_k, ref_v, strength=1.0), op(q, k, v, ref_k, ref_v))
+    alone, lse = sparse_reference_attention(q, None, None, ref_k, ref_v, return_lse=True)
+    louder, louder_lse = sparse_reference_attention(q, None, None, ref_k, ref_v, strength=8.0, return_lse=True)
+    torch.testing.assert_close(louder, alone)  # a factor on all of the rows cancels
+    torch.testing.assert_close(louder_lse, lse + torch.log(torch.tensor(8.0)))
+
+
+@pytest.mark.parametrize("strength", STRENGTHS)
+def test_strength_in_gradients(strength):
+    q, k, v, ref_k, ref_v = (x.requires_grad_() for x in doubled(*inputs((2, 6, 6, 3, 2, 4))))
+    with force(OPS[0], "reference"), force(OPS[1], "reference"):
+        for op in (
+            sparse_reference_attention,
+            lambda *a, **s: local_temporal_attention(*a, num_frames=3, radius=1, **s),
+        ):
+            for lse in (False, True):
+                check = lambda *a, op=op, lse=lse: op(*a, strength=strength, return_lse=lse)  # noqa: E731
+                assert torch.autograd.gradcheck(check, (q, k, v, ref_k, ref_v))
+
+
 def test_autocast_makes_one_dtype_of_many():
     q, k, v, ref_k, ref_v = inputs((1, 8, 8, 4, 2, 16))
     with torch.autocast("cpu", torch.bfloat16):
@@ -242,20 +293,20 @@ def test_autocast_makes_one_dtype_of_many():
 
 def test_opcheck():
     q, k, v, ref_k, ref_v = (x.clone().requires_grad_() for x in inputs((2, 6, 6, 3, 2, 4)))
-    opcheck(torch.ops.avatar_rt.sparse_reference_attention, (q, k, v, ref_k, ref_v, 0.5))
+    opcheck(torch.ops.avatar_rt.sparse_reference_attention, (q, k, v, ref_k, ref_v, 0.5, 1.5))
     opcheck(
         torch.ops.avatar_rt.sparse_reference_attention,
-        (q, None, None, ref_k, ref_v, 0.5),
+        (q, None, None, ref_k, ref_v, 0.5, 1.0),
         test_utils=("test_schema", "test_faketensor"),
     )
-    opcheck(torch.ops.avatar_rt.local_temporal_attention, (q, k, v, ref_k, ref_v, 3, 1, 0.5))
+    opcheck(torch.ops.avatar_rt.local_temporal_attention, (q, k, v, ref_k, ref_v, 3, 1, 0.5, 0.5))
 
 
 def test_cost_counts_attended_pairs():
     q, k, v, ref_k, ref_v = inputs((2, 12, 12, 5, 3, 8))
-    assert cost("sparse_reference_attention", q, k, v, ref_k, ref_v, 1.0)[0] == 4 * 2 * 3 * 8 * 12 * (12 + 5)
+    assert cost("sparse_reference_attention", q, k, v, ref_k, ref_v, 1.0, 1.0)[0] == 4 * 2 * 3 * 8 * 12 * (12 + 5)
     pairs = 12 * 5 + 4 * 4 * (2 + 3 + 2)
-    flops, moved = cost("local_temporal_attention", q, k, v, ref_k, ref_v, 3, 1, 1.0)
+    flops, moved = cost("local_temporal_attention", q, k, v, ref_k, ref_v, 3, 1, 1.0, 1.0)
     assert flops == 4 * 2 * 3 * 8 * pairs
     assert moved == 4 * 2 * 3 * (8 * (2 * 12 + 2 * 12 + 2 * 5) + 12)
 
@@ -285,6 +336,19 @@ def row(rows=4, heads=2, dim=8, dtype=torch.float32):
         ),
         (lambda: sparse_reference_attention(row(dtype=torch.int64), row(), row()), "q: expected a floating dtype"),
         (lambda: sparse_reference_attention(row(), row(), row(), scale=0.0), "scale: expected a finite number above 0"),
+        (
+            lambda: sparse_reference_attention(row(), row(), row(), strength=-1),
+            "strength: expected a finite number of 0",
+        ),
+        (lambda: sparse_reference_attention(row(), row(), row(), strength=float("nan")), "of 0 or more, got nan"),
+        (
+            lambda: local_temporal_attention(row(), row(), row(), num_frames=1, radius=0, strength=1e39),
+            "strength: expected a finite number of 0 or more, got 1e+39",
+        ),
+        (
+            lambda: sparse_reference_attention(row(), None, None, row(), row(), strength=0),
+            "k: expected at least one fresh row at strength 0, got none",
+        ),
         (
             lambda: sparse_reference_attention(row().transpose(2, 3), row(), row()),
             "q: expected a contiguous last dimension, got strides",
@@ -324,8 +388,8 @@ def test_refusals_are_listed():
     with pytest.raises(UnsupportedError, match="cpu: D=300 is above 256"):
         local_temporal_attention(big, big, big, num_frames=1, radius=0)
     x = row()
-    assert explain(OPS[0], x, x, x, None, None, 1.0) == {"cpu": None, "reference": "runs only when forced"}
+    assert explain(OPS[0], x, x, x, None, None, 1.0, 1.0) == {"cpu": None, "reference": "runs only when forced"}
     with force(OPS[0], "reference"):
-        assert explain(OPS[0], x, x, x, None, None, 1.0) == {"cpu": "reference is forced", "reference": None}
+        assert explain(OPS[0], x, x, x, None, None, 1.0, 1.0) == {"cpu": "reference is forced", "reference": None}
         assert sparse_reference_attention(wide, wide, wide).dtype == torch.float64
     assert set(OPS) <= set(_dispatch.ops())

@@ -61,11 +61,12 @@ def test_extension_of_another_version_is_refused(monkeypatch, reload_native):
         attend()
 
 
-def call_native(q, k, v, *, num_frames=1, radius=0, scale=1.0, isa=None, num_threads=1, shape=None):
+def call_native(q, k, v, *, num_frames=1, radius=0, scale=1.0, isa=None, num_threads=1, strength=1.0):
     module, _ = _load.native()
     out, lse = torch.empty(q.shape), torch.empty(q.shape[0], q.shape[2], q.shape[1])
     args = [_load.arg(x) for x in (q, k, v)]
-    module.attention(*args, None, None, out.data_ptr(), lse.data_ptr(), scale, num_frames, radius, num_threads, isa)
+    numbers = (scale, num_frames, radius, num_threads, isa, strength)
+    module.attention(*args, None, None, out.data_ptr(), lse.data_ptr(), *numbers)
     return out
 
 
@@ -94,6 +95,7 @@ def zeros(rows=4, heads=2, dim=8, dtype=torch.float32):
         (lambda: call_native(*[zeros()] * 3, num_frames=3), "num_frames: expected a divisor of L=4, got 3"),
         (lambda: call_native(*[zeros()] * 3, radius=-1), "radius: expected 0 or more frames, got -1"),
         (lambda: call_native(*[zeros()] * 3, scale=float("nan")), "scale: expected a finite number above 0, got nan"),
+        (lambda: call_native(*[zeros()] * 3, strength=-2.0), "strength: expected a finite number of 0 or more, got -2"),
         (lambda: call_native(*[zeros()] * 3, num_threads=0), "num_threads: expected 1 or more, got 0"),
         (lambda: call_native(*[zeros()] * 3, isa="mmx"), "isa: expected scalar, avx2, avx512 or avx512bf16, got 'mmx'"),
         (lambda: call_native(zeros(), None, None), "k, ref_k: expected at least one key row, got none"),
@@ -107,6 +109,63 @@ def test_bindings_check_with_the_same_sentences(call, sentence):
     with pytest.raises(InputError) as caught:
         call()
     assert sentence in str(caught.value)
+
+
+def call_packed(packed, dtype=torch.float32, isa=None):
+    q = zeros(dtype=dtype)
+    out, lse = torch.empty_like(q), torch.empty(1, 2, 4)
+    tensors = [_load.arg(x) for x in (q, None, None, *packed[:4])]
+    _load.module().packed_attention(*tensors, packed[4], out.data_ptr(), lse.data_ptr(), 1.0, 1, isa)
+
+
+def rows_of(dtype=torch.float32, rows=3, heads=2):
+    return torch.zeros(1, heads, rows, 8, dtype=dtype)
+
+
+NO_SCALE = torch.zeros(0)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (
+            lambda: call_packed((rows_of(heads=3), rows_of(), NO_SCALE, NO_SCALE, 3)),
+            "packed.k: expected shape [1, 2, 3, 8], got [1, 3, 3, 8]",
+        ),
+        (
+            lambda: call_packed((rows_of(), rows_of(torch.bfloat16), NO_SCALE, NO_SCALE, 3)),
+            "packed.v: expected dtype float32, got bfloat16",
+        ),
+        (
+            lambda: call_packed((rows_of(rows=6)[:, :, ::2], rows_of(), NO_SCALE, NO_SCALE, 3)),
+            "packed.k: expected a contiguous tensor, got strides [96, 48, 16, 1]",
+        ),
+        (
+            lambda: call_packed((rows_of(torch.int8), rows_of(torch.int8), NO_SCALE, NO_SCALE, 3)),
+            "packed.k_scale: expected shape [1, 2, 3], got [0]",
+        ),
+        (
+            lambda: call_packed(
+                (rows_of(torch.bfloat16), torch.zeros(1, 2, 2, 8, 2, dtype=torch.bfloat16), NO_SCALE, NO_SCALE, 3),
+                torch.bfloat16,
+                "scalar",
+            ),
+            "ref_v: expected rows, for pairs are read by avx512bf16 in bf16 only, got pairs for scalar",
+        ),
+    ],
+)
+def test_bindings_check_packed_tensors(call, sentence):
+    with pytest.raises(InputError) as caught:
+        call()
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peak_of_this_machine(dtype):
+    """A kernel's two products cannot be faster than multiply-adds on registers; noise of a shared machine aside."""
+    assert 1 < _load.module().fma_peak(dtype, 0.01) < 10000
+    with pytest.raises(InputError, match="dtype: expected float32 or bfloat16, got float64"):
+        _load.module().fma_peak("float64", 0.01)
 
 
 def test_threads_survive_a_fork(tmp_path):
@@ -148,8 +207,17 @@ int main(void) {
     a.ref_k.data = k; a.ref_k.rows = 2; a.ref_k.row_stride = 2;
     a.ref_v.data = v; a.ref_v.rows = 2; a.ref_v.row_stride = 2;
     a.out = out; a.lse = &lse;
+    a.strength = 1;
     if (avatar_rt_attention(&a) != AVATAR_RT_OK || avatar_rt_last_error()[0]) return 3;
     if (fabsf(out[0] - 2) > 1e-6f || fabsf(out[1] - 4) > 1e-6f || fabsf(lse - logf(2)) > 1e-6f) return 4;
+    a.k.data = k; a.k.rows = 1; a.k.row_stride = 2;
+    a.v.data = v; a.v.rows = 1; a.v.row_stride = 2;
+    a.strength = 0;
+    if (avatar_rt_attention(&a) != AVATAR_RT_OK || fabsf(out[0] - 1) > 1e-6f || fabsf(lse) > 1e-6f) return 6;
+    a.strength = 2;
+    if (avatar_rt_attention(&a) != AVATAR_RT_OK || fabsf(lse - logf(5)) > 1e-6f) return 7;
+    a.struct_size = offsetof(avatar_rt_attention_args, strength); /* a caller of the first header */
+    if (avatar_rt_attention(&a) != AVATAR_RT_OK || fabsf(lse - logf(3)) > 1e-6f) return 8;
     a.head_dim = 500;
     if (avatar_rt_attention(&a) != AVATAR_RT_INPUT_ERROR) return 5;
     printf("%d %s\n", avatar_rt_abi_version(), avatar_rt_last_error());

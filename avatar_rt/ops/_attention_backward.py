@@ -1,5 +1,7 @@
 """Gradients of both attention ops, from the saved output and LSE, and the cutting into segments they share."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -8,12 +10,19 @@ from avatar_rt.ops._dispatch import Implementation
 
 MAX_HEAD_DIM = 256  # of the CPU kernels
 
-Segments = list[tuple[Tensor, Tensor]]
+Segments = list[tuple[Tensor, Tensor, float]]
 
 
-def segments_of(k: Tensor | None, v: Tensor | None, ref_k: Tensor | None, ref_v: Tensor | None) -> Segments:
-    """The (key, value) pairs that hold rows, fresh before reference."""
-    return [(a, b) for a, b in ((k, v), (ref_k, ref_v)) if a is not None and b is not None and a.shape[1] > 0]
+def segments_of(
+    k: Tensor | None, v: Tensor | None, ref_k: Tensor | None, ref_v: Tensor | None, strength: float
+) -> Segments:
+    """The (keys, values, number added to scores) that hold rows and weigh anything, fresh before reference."""
+    found: Segments = []
+    if k is not None and v is not None and k.shape[1] > 0:
+        found.append((k, v, 0.0))
+    if ref_k is not None and ref_v is not None and ref_k.shape[1] > 0 and strength > 0:
+        found.append((ref_k, ref_v, math.log(strength)))
+    return found
 
 
 def wide(x: Tensor) -> Tensor:
@@ -29,11 +38,10 @@ def band(frame: int, num_frames: int, radius: int, rows: int) -> tuple[slice, sl
 
 
 def setup_context(ctx, inputs, output) -> None:
-    """Save what both ops' backward needs; ``inputs`` are tensors, then (num_frames, radius) of a band, then numbers."""
+    """Save what both ops' backward needs; ``inputs`` end in (scale, strength), after (num_frames, radius) or not."""
     ctx.set_materialize_grads(False)
     ctx.num_inputs = len(inputs)
-    ctx.band = inputs[5:7] if len(inputs) > 7 else (1, 0)
-    ctx.scale, ctx.strength = (*inputs[7 if len(inputs) > 7 else 5 :], 1.0)[:2]
+    ctx.band, ctx.numbers = inputs[5:-2] or (1, 0), inputs[-2:]
     ctx.save_for_backward(*inputs[:5], *output)
 
 
@@ -46,9 +54,7 @@ def backward(ctx, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor 
         return (None,) * 5 + nothing
     grad = torch.zeros_like(out) if grad is None else grad
     found = iter(
-        torch.ops.avatar_rt.attention_backward(
-            grad, grad_lse, *inputs, out, lse, *ctx.band, ctx.scale, ctx.strength, wanted
-        )
+        torch.ops.avatar_rt.attention_backward(grad, grad_lse, *inputs, out, lse, *ctx.band, *ctx.numbers, wanted)
     )
     return (*[next(found) if want else None for want in wanted], *nothing)
 

@@ -58,6 +58,12 @@ def positive(name: str, value: float) -> None:
         raise InputError(f"{name}: expected a finite number above 0, got {value}")
 
 
+def strength(value: float) -> None:
+    """Raises: InputError unless ``value`` is 0 or more, and finite in fp32."""
+    if not 0.0 <= value <= torch.finfo(torch.float32).max:
+        raise InputError(f"strength: expected a finite number of 0 or more, got {value}")
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks matrix work on ``x`` to run in; None when autocast is off or ``x`` is fp64."""
     kind = x.device.type

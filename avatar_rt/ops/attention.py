@@ -7,10 +7,10 @@ from torch import Tensor
 
 from avatar_rt.errors import InputError
 from avatar_rt.ops import _check, _dispatch, _load
-from avatar_rt.ops._attention_backward import Segments, backward, band, segments_of, setup_context, wide
+from avatar_rt.ops import packed as _packing
+from avatar_rt.ops._attention_backward import MAX_HEAD_DIM, Segments, backward, band, segments_of, setup_context, wide
 from avatar_rt.ops._dispatch import Implementation
-
-_MAX_HEAD_DIM = 256  # of the CPU kernel
+from avatar_rt.ops.packed import PackedReference
 
 
 def sparse_reference_attention(
@@ -20,7 +20,9 @@ def sparse_reference_attention(
     ref_k: Tensor | None = None,
     ref_v: Tensor | None = None,
     *,
+    packed: PackedReference | None = None,
     scale: float | None = None,
+    strength: float = 1.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend from ``q`` to the rows of [k ; ref_k] with one softmax; nothing is concatenated, no mask is made.
@@ -29,16 +31,22 @@ def sparse_reference_attention(
         q: [B, L, N, D] fp32 or bf16, D contiguous, other strides free.
         k, v: [B, S, N, D], the fresh rows; both None to see the reference only.
         ref_k, ref_v: [B, R, N, D], the reference rows; both None to see the fresh rows only.
+        packed: The reference rows from ``pack_reference``, instead of ``ref_k`` and ``ref_v``; no gradients then.
         scale: Factor on the scores, above 0; default D ** -0.5.
+        strength: Factor on each reference row's softmax weight, before normalising; 0: as if there were no reference.
         return_lse: Also return the natural-log sum of exponentials of each query's scores.
 
     Returns: [B, L, N, D], dtype of ``q``, accumulated in fp32; with ``return_lse`` also [B, N, L] fp32
         (both in fp64 for fp64 inputs).
-    Raises: InputError on a shape, dtype or device above; UnsupportedError when no implementation can run.
+    Raises: InputError on a shape, dtype or device above; UnsupportedError when no implementation can run
+            or a gradient is wanted through a packed reference.
     """
     q, k, v, ref_k, ref_v = _autocast(q, k, v, ref_k, ref_v)
-    scale = _check_inputs(q, k, v, ref_k, ref_v, scale)
-    out, lse = torch.ops.avatar_rt.sparse_reference_attention(q, k, v, ref_k, ref_v, scale)
+    if packed is not None:
+        out, lse = _attend_packed(q, k, v, ref_k, ref_v, packed, scale, strength)
+    else:
+        scale = _check_inputs(q, k, v, ref_k, ref_v, scale, strength)
+        out, lse = torch.ops.avatar_rt.sparse_reference_attention(q, k, v, ref_k, ref_v, scale, float(strength))
     return (out, lse) if return_lse else out
 
 
@@ -52,6 +60,7 @@ def local_temporal_attention(
     num_frames: int,
     radius: int,
     scale: float | None = None,
+    strength: float = 1.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend within a band of frames in time (all of space) and to every reference row, with one softmax.
@@ -61,7 +70,7 @@ def local_temporal_attention(
         ref_k, ref_v: [B, R, N, D] or both None.
         num_frames: Frames in L; L is a multiple of it.
         radius: A row of frame f sees the fresh rows of frames f - radius .. f + radius.
-        scale, return_lse: As in ``sparse_reference_attention``.
+        scale, strength, return_lse: As in ``sparse_reference_attention``.
 
     Returns: As ``sparse_reference_attention``.
     Raises: InputError on a shape, dtype or device above; UnsupportedError when no implementation can run.
@@ -69,15 +78,27 @@ def local_temporal_attention(
     q, k, v, ref_k, ref_v = _autocast(q, k, v, ref_k, ref_v)
     if k is None or v is None:
         raise InputError("k: expected a tensor [B, L, N, D], got None")
-    scale = _check_inputs(q, k, v, ref_k, ref_v, scale)
+    scale = _check_inputs(q, k, v, ref_k, ref_v, scale, strength)
     if k.shape[1] != q.shape[1]:
         raise InputError(f"k: expected L={q.shape[1]} rows as in q, got {k.shape[1]}")
     if num_frames < 1 or q.shape[1] % num_frames:
         raise InputError(f"num_frames: expected a divisor of L={q.shape[1]}, got {num_frames}")
     if radius < 0:
         raise InputError(f"radius: expected 0 or more frames, got {radius}")
-    out, lse = torch.ops.avatar_rt.local_temporal_attention(q, k, v, ref_k, ref_v, num_frames, radius, scale)
+    out, lse = torch.ops.avatar_rt.local_temporal_attention(
+        q, k, v, ref_k, ref_v, num_frames, radius, scale, float(strength)
+    )
     return (out, lse) if return_lse else out
+
+
+def _attend_packed(q, k, v, ref_k, ref_v, packed: PackedReference, scale, strength) -> tuple[Tensor, Tensor]:
+    if ref_k is not None or ref_v is not None:
+        raise InputError("packed: expected None beside ref_k and ref_v, got a PackedReference")
+    _check.shape("q", q, "B L N D", {})
+    _packing.check(packed, q)
+    scale = _check_inputs(q, k, v, None, None, scale, strength, packed.rows)
+    _packing.refuse_gradients("sparse_reference_attention", q=q, k=k, v=v)
+    return torch.ops.avatar_rt.packed_reference_attention(q, k, v, *packed, scale, float(strength))
 
 
 def _autocast(q: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
@@ -86,13 +107,20 @@ def _autocast(q: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
 
 
 def _check_inputs(
-    q: Tensor, k: Tensor | None, v: Tensor | None, ref_k: Tensor | None, ref_v: Tensor | None, scale: float | None
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    ref_k: Tensor | None,
+    ref_v: Tensor | None,
+    scale: float | None,
+    strength: float,
+    ref_rows: int = 0,
 ) -> float:
     sizes: dict[str, int] = {}
     _check.shape("q", q, "B L N D", sizes)
     _check.floating("q", q)
     _check.rows_contiguous("q", q)
-    rows = 0
+    rows = {"S": 0, "R": ref_rows}
     for letter, names, pair in (("S", ("k", "v"), (k, v)), ("R", ("ref_k", "ref_v"), (ref_k, ref_v))):
         if pair[0] is None and pair[1] is None:
             continue
@@ -102,9 +130,12 @@ def _check_inputs(
             _check.shape(name, x, f"B {letter} N D", sizes)
             _check.same_dtype(name, x, "q", q)
             _check.rows_contiguous(name, x)
-        rows += sizes[letter]
-    if rows == 0:
+        rows[letter] = sizes[letter]
+    _check.strength(strength)
+    if sum(rows.values()) == 0:
         raise InputError("k, ref_k: expected at least one key row, got none")
+    if strength == 0 and rows["S"] == 0:
+        raise InputError("k: expected at least one fresh row at strength 0, got none")
     if scale is None:
         return sizes["D"] ** -0.5
     _check.positive("scale", scale)
@@ -116,18 +147,24 @@ def _check_inputs(
 
 def _attend(q: Tensor, segments: Segments, scale: float) -> tuple[Tensor, Tensor]:
     q_wide = wide(q)
-    scores = [q_wide @ wide(k).transpose(-1, -2) for k, _ in segments]
-    scores = (scores[0] if len(scores) == 1 else torch.cat(scores, -1)).mul_(scale)
+    parts = [(q_wide @ wide(k).transpose(-1, -2)).mul_(scale).add_(bias) for k, _, bias in segments]
+    scores = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     lse = torch.logsumexp(scores, -1)
-    weights = scores.sub_(lse[..., None]).exp_().split([k.shape[1] for k, _ in segments], -1)
-    out = sum(p @ wide(v) for p, (_, v) in zip(weights, segments, strict=True))
+    weights = scores.sub_(lse[..., None]).exp_().split([k.shape[1] for k, _, _ in segments], -1)
+    out = sum(p @ wide(v) for p, (_, v, _) in zip(weights, segments, strict=True))
     return out.transpose(1, 2).to(q.dtype).contiguous(), lse
 
 
 def _sparse_ref(
-    q: Tensor, k: Tensor | None, v: Tensor | None, ref_k: Tensor | None, ref_v: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    ref_k: Tensor | None,
+    ref_v: Tensor | None,
+    scale: float,
+    strength: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    return _attend(q, segments_of(k, v, ref_k, ref_v), scale)
+    return _attend(q, segments_of(k, v, ref_k, ref_v, strength), scale)
 
 
 def _local_ref(
@@ -139,11 +176,12 @@ def _local_ref(
     num_frames: int,
     radius: int,
     scale: float,
+    strength: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     parts = []
     for frame in range(num_frames):
         own, seen = band(frame, num_frames, radius, q.shape[1])
-        parts.append(_attend(q[:, own], segments_of(k[:, seen], v[:, seen], ref_k, ref_v), scale))
+        parts.append(_attend(q[:, own], segments_of(k[:, seen], v[:, seen], ref_k, ref_v, strength), scale))
     return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 2)
 
 
@@ -155,7 +193,13 @@ def _bytes(*tensors: Tensor | None) -> int:
 
 
 def _sparse_cost(
-    q: Tensor, k: Tensor | None, v: Tensor | None, ref_k: Tensor | None, ref_v: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    ref_k: Tensor | None,
+    ref_v: Tensor | None,
+    scale: float,
+    strength: float = 1.0,
 ) -> tuple[int, int]:
     """FLOPs (two products per attended pair) and bytes (every operand once, out and LSE)."""
     rows = sum(x.shape[1] for x in (k, ref_k) if x is not None)
@@ -172,10 +216,11 @@ def _local_cost(
     num_frames: int,
     radius: int,
     scale: float,
+    strength: float = 1.0,
 ) -> tuple[int, int]:
     frames = sum(min(f + radius + 1, num_frames) - max(f - radius, 0) for f in range(num_frames))
     pairs = frames * (q.shape[1] // num_frames) ** 2 + q.shape[1] * (0 if ref_k is None else ref_k.shape[1])
-    _, moved = _sparse_cost(q, k, v, ref_k, ref_v, scale)
+    _, moved = _sparse_cost(q, k, v, ref_k, ref_v, scale, strength)
     return 4 * q.shape[0] * q.shape[2] * q.shape[3] * pairs, moved
 
 
@@ -187,8 +232,8 @@ def _refuses_cpu(q: Tensor, *rest) -> str | None:
         return f"q is on {q.device}"
     if q.dtype not in (torch.float32, torch.bfloat16):
         return f"dtype {str(q.dtype).removeprefix('torch.')} is neither float32 nor bfloat16"
-    if q.shape[-1] > _MAX_HEAD_DIM:
-        return f"D={q.shape[-1]} is above {_MAX_HEAD_DIM}"
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"D={q.shape[-1]} is above {MAX_HEAD_DIM}"
     return _load.native()[1] or None
 
 
@@ -205,6 +250,7 @@ def run_native(
     num_frames: int,
     radius: int,
     scale: float,
+    strength: float = 1.0,
     isa: str | None = None,
     num_threads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -213,14 +259,22 @@ def run_native(
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     tensors = [_load.arg(x) for x in (q, k, v, ref_k, ref_v)]
     threads = num_threads or torch.get_num_threads()
-    _load.module().attention(*tensors, out.data_ptr(), lse.data_ptr(), scale, num_frames, radius, threads, isa)
+    _load.module().attention(
+        *tensors, out.data_ptr(), lse.data_ptr(), scale, num_frames, radius, threads, isa, strength
+    )
     return out, lse
 
 
 def _sparse_cpu(
-    q: Tensor, k: Tensor | None, v: Tensor | None, ref_k: Tensor | None, ref_v: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    ref_k: Tensor | None,
+    ref_v: Tensor | None,
+    scale: float,
+    strength: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    return run_native(q, k, v, ref_k, ref_v, 1, 0, scale)
+    return run_native(q, k, v, ref_k, ref_v, 1, 0, scale, strength)
 
 
 _dispatch.register(
@@ -240,20 +294,21 @@ _dispatch.register(
 @torch.library.custom_op(
     "avatar_rt::sparse_reference_attention",
     mutates_args=(),
-    schema="(Tensor q, Tensor? k, Tensor? v, Tensor? ref_k, Tensor? ref_v, float scale) -> (Tensor, Tensor)",
+    schema="(Tensor q, Tensor? k, Tensor? v, Tensor? ref_k, Tensor? ref_v, float scale, float strength)"
+    " -> (Tensor, Tensor)",
 )
-def _sparse_op(q, k, v, ref_k, ref_v, scale):
-    return _dispatch.run("sparse_reference_attention", q, k, v, ref_k, ref_v, scale)
+def _sparse_op(q, k, v, ref_k, ref_v, scale, strength):
+    return _dispatch.run("sparse_reference_attention", q, k, v, ref_k, ref_v, scale, strength)
 
 
 @torch.library.custom_op(
     "avatar_rt::local_temporal_attention",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? ref_k, Tensor? ref_v, int num_frames, int radius, float scale)"
-    " -> (Tensor, Tensor)",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? ref_k, Tensor? ref_v, int num_frames, int radius, float scale,"
+    " float strength) -> (Tensor, Tensor)",
 )
-def _local_op(q, k, v, ref_k, ref_v, num_frames, radius, scale):
-    return _dispatch.run("local_temporal_attention", q, k, v, ref_k, ref_v, num_frames, radius, scale)
+def _local_op(q, k, v, ref_k, ref_v, num_frames, radius, scale, strength):
+    return _dispatch.run("local_temporal_attention", q, k, v, ref_k, ref_v, num_frames, radius, scale, strength)
 
 
 def _fake(q, k, v, ref_k, ref_v, *rest):

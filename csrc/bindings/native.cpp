@@ -42,5 +42,6 @@ PYBIND11_MODULE(_native, m) {
         },
         "Instruction sets that this build contains and this machine runs, worst first.");
     bindings::bind_attention(m);
+    bindings::bind_attention_backward(m);
     bindings::bind_flow(m);
 }

@@ -20,6 +20,7 @@ struct TensorArg {
 [[noreturn]] void input_error(const std::string& sentence);
 
 void bind_attention(pybind11::module_& m);
+void bind_attention_backward(pybind11::module_& m);
 void bind_flow(pybind11::module_& m);
 
 }  // namespace avatar_rt::bindings

@@ -36,6 +36,10 @@ const char* at(const View& view, int64_t element, int64_t b, int64_t row, int64_
            element * (b * view.batch_stride + row * view.row_stride + n * view.head_stride);
 }
 
+int64_t reference_rows(const AttentionArgs& a) {
+    return a.strength > 0 ? a.ref_k.rows : 0;
+}
+
 struct Plan {
     const AttentionArgs& args;
     const AttentionKernel& kernel;
@@ -75,16 +79,33 @@ struct Plan {
             low = std::max<int64_t>(frame - args.radius, 0) * frame_rows;
             high = std::min(frame + args.radius + 1, args.num_frames) * frame_rows;
         }
-        add_range(&job, args.k, args.v, b, n, low, high);
-        add_range(&job, args.ref_k, args.ref_v, b, n, 0, args.ref_k.rows);
+        if (low < high) {
+            KeyRange& range = job.ranges[job.num_ranges++];
+            range.k = at(args.k, element, b, low, n);
+            range.v = at(args.v, element, b, low, n);
+            range.rows = high - low;
+            range.k_stride = args.k.row_stride;
+            range.v_stride = args.v.row_stride;
+        }
+        if (reference_rows(args) > 0) job.ranges[job.num_ranges++] = reference_range(b, n);
         kernel.run(job, scratch_of_thread(kernel.scratch_bytes(job.head_dim)));
     }
 
-    void add_range(AttentionJob* job, const View& k, const View& v, int64_t b, int64_t n, int64_t low,
-                   int64_t high) const {
-        if (low < high)
-            job->ranges[job->num_ranges++] = {at(k, element, b, low, n), at(v, element, b, low, n), high - low,
-                                              k.row_stride, v.row_stride};
+    KeyRange reference_range(int64_t b, int64_t n) const {
+        const int64_t size = args.ref_layout == KeyLayout::int8 ? 1 : element, rows = args.ref_k.rows;
+        KeyRange range{};
+        range.k = at(args.ref_k, size, b, 0, n);
+        range.v = at(args.ref_v, size, b, 0, n);
+        range.rows = rows;
+        range.k_stride = args.ref_k.row_stride;
+        range.v_stride = args.ref_v.row_stride;
+        range.layout = args.ref_layout;
+        if (args.ref_layout == KeyLayout::int8) {
+            range.k_scale = args.ref_k_scale + (b * args.heads + n) * rows;
+            range.v_scale = args.ref_v_scale + (b * args.heads + n) * rows;
+        }
+        range.bias = static_cast<float>(std::log2(static_cast<double>(args.strength)));
+        return range;
     }
 };
 
@@ -94,7 +115,7 @@ constexpr double kFlopsPerThread = 2e7;
 double flops(const AttentionArgs& a) {
     double fresh = static_cast<double>(a.k.rows);
     if (a.num_frames > 1) fresh = std::min(fresh, (2.0 * a.radius + 1) * fresh / a.num_frames);
-    return 4.0 * a.batch * a.heads * a.head_dim * a.q.rows * (fresh + a.ref_k.rows);
+    return 4.0 * a.batch * a.heads * a.head_dim * a.q.rows * (fresh + reference_rows(a));
 }
 
 std::string expected(const char* what, const std::string& wanted, int64_t got) {
@@ -110,7 +131,10 @@ std::string attention_faults(const AttentionArgs& a) {
         return expected("q", "D in 1.." + std::to_string(kMaxHeadDim), a.head_dim);
     if (a.v.rows != a.k.rows) return expected("v", "S=" + std::to_string(a.k.rows), a.v.rows);
     if (a.ref_v.rows != a.ref_k.rows) return expected("ref_v", "R=" + std::to_string(a.ref_k.rows), a.ref_v.rows);
+    if (!(a.strength >= 0) || !std::isfinite(a.strength))
+        return "strength: expected a finite number of 0 or more, got " + std::to_string(a.strength);
     if (a.k.rows + a.ref_k.rows < 1) return "k, ref_k: expected at least one key row, got none";
+    if (a.k.rows + reference_rows(a) < 1) return "k: expected at least one fresh row at strength 0, got none";
     if (a.num_frames < 1 || a.q.rows % a.num_frames != 0)
         return expected("num_frames", "a divisor of L=" + std::to_string(a.q.rows), a.num_frames);
     if (a.num_frames > 1 && a.k.rows != a.q.rows)
@@ -120,6 +144,11 @@ std::string attention_faults(const AttentionArgs& a) {
         return "scale: expected a finite number above 0, got " + std::to_string(a.scale);
     if (a.num_threads < 1) return expected("num_threads", "1 or more", a.num_threads);
     if (!supported(a.isa)) return std::string("isa: expected one that this machine has, got ") + isa_name(a.isa);
+    if (a.ref_layout == KeyLayout::pairs && (a.isa != Isa::avx512bf16 || a.dtype != DType::bf16))
+        return std::string("ref_v: expected rows, for pairs are read by avx512bf16 in bf16 only, got pairs for ") +
+               isa_name(a.isa);
+    if (a.ref_layout == KeyLayout::int8 && a.ref_k.rows > 0 && (a.ref_k_scale == nullptr || a.ref_v_scale == nullptr))
+        return "ref_k_scale, ref_v_scale: expected addresses for int8 rows, got null";
     return "";
 }
 

@@ -20,11 +20,7 @@ struct Avx2 {
     static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
     static F fmsub(F a, F b, F c) { return _mm256_fmsub_ps(a, b, c); }
     static F max(F a, F b) { return _mm256_max_ps(a, b); }
-    static F round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-    static F scale2(F x, F n) {
-        const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-        return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
-    }
+    static F exponent(F x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23)); }
 };
 
 }  // namespace

@@ -73,32 +73,62 @@ struct PairPolicy {
     struct Block {
         const uint16_t* k;
         int64_t k_stride;
-        uint32_t* v;  // [pair of keys][channel], the even key in the low half
+        const uint32_t* v;  // [pair of keys][channel], the even key in the low half
         int rows;
+        uint16_t* own_k;  // memory for what cannot be read in place
+        uint32_t* own_v;
     };
 
-    static size_t block_bytes(int head_dim) { return kBlock / 2 * sizeof(uint32_t) * ((head_dim + 15) / 16 * 16); }
-    static void place(Block* block, void* memory) { block->v = static_cast<uint32_t*>(memory); }
+    static size_t block_bytes(int head_dim) { return 2 * half_bytes(head_dim); }
+    static size_t half_bytes(int head_dim) { return kBlock * sizeof(uint16_t) * ((head_dim + 31) / 32 * 32); }
+    static void place(Block* block, void* memory) { block->own_k = static_cast<uint16_t*>(memory); }
 
-    static void fill(Block* block, const uint16_t* k, int64_t k_stride, const uint16_t* v, int64_t v_stride, int rows,
-                     int head_dim) {
-        block->k = k;
-        block->k_stride = k_stride;
+    static void fill(Block* block, const KeyRange& range, int64_t first, int rows, int head_dim) {
         block->rows = rows;
-        uint32_t* to = block->v;
-        for (int s = 0; s < rows; s += 2, to += head_dim) {
-            const uint16_t *even = v + s * v_stride, *odd = even + v_stride;
-            const bool whole = s + 1 < rows;
-            int d = 0;
-            for (; whole && d + 16 <= head_dim; d += 16) {
-                const __m512i low =
-                    _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + d)));
-                const __m512i high =
-                    _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd + d)));
-                _mm512_storeu_si512(to + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-            }
-            for (; d < head_dim; ++d) to[d] = even[d] | (whole ? static_cast<uint32_t>(odd[d]) << 16 : 0u);
+        block->own_v = reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(block->own_k) + half_bytes(head_dim));
+        block->v = block->own_v;
+        if (range.layout == KeyLayout::int8) return fill_int8(block, range, first, head_dim);
+        copy_keys(block, static_cast<const uint16_t*>(range.k) + first * range.k_stride, range.k_stride, head_dim);
+        if (range.layout == KeyLayout::pairs) {
+            block->v = static_cast<const uint32_t*>(range.v) + first / 2 * (range.v_stride / 2);
+            return;
         }
+        const uint16_t* v = static_cast<const uint16_t*>(range.v) + first * range.v_stride;
+        for (int s = 0; s < rows; s += 2, v += 2 * range.v_stride)
+            interleave(v, s + 1 < rows ? v + range.v_stride : nullptr, head_dim, block->own_v + s / 2 * head_dim);
+    }
+
+    static void copy_keys(Block* block, const uint16_t* k, int64_t stride, int head_dim) {
+        block->k = block->own_k;
+        block->k_stride = head_dim;
+        for (int s = 0; s < block->rows; ++s)
+            std::memcpy(block->own_k + s * head_dim, k + s * stride, head_dim * sizeof(uint16_t));
+    }
+
+    static void fill_int8(Block* block, const KeyRange& range, int64_t first, int head_dim) {
+        block->k = block->own_k;
+        block->k_stride = head_dim;
+        uint16_t row[2][kMaxHeadDim];
+        for (int s = 0; s < block->rows; ++s) {
+            const int64_t at = first + s;
+            widen_as<uint16_t>(static_cast<const int8_t*>(range.k) + at * range.k_stride, range.k_scale[at], head_dim,
+                               block->own_k + s * head_dim);
+            widen_as<uint16_t>(static_cast<const int8_t*>(range.v) + at * range.v_stride, range.v_scale[at], head_dim,
+                               row[s % 2]);
+            if (s % 2 || s + 1 == block->rows)
+                interleave(row[0], s % 2 ? row[1] : nullptr, head_dim, block->own_v + s / 2 * head_dim);
+        }
+    }
+
+    // `odd` is null when the block ends on half a pair.
+    static void interleave(const uint16_t* even, const uint16_t* odd, int head_dim, uint32_t* to) {
+        int d = 0;
+        for (; odd && d + 16 <= head_dim; d += 16) {
+            const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + d)));
+            const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd + d)));
+            _mm512_storeu_si512(to + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        }
+        for (; d < head_dim; ++d) to[d] = even[d] | (odd ? static_cast<uint32_t>(odd[d]) << 16 : 0u);
     }
 
     static void pack(const uint16_t* q, int64_t stride, int rows, int lanes, int head_dim, uint32_t* packed) {
@@ -148,7 +178,9 @@ struct PairPolicy {
         const uint32_t* w = reinterpret_cast<const uint32_t*>(weights);
         const int pairs = (b.rows + 1) / 2;
         int d = 0;
-        for (; d + 6 <= head_dim; d += 6) value_pairs<NV, 6>(b.v + d, head_dim, pairs, w, out + d * NV * 16, alpha);
+        for (; d + 6 <= head_dim && head_dim - d != 8; d += 6)
+            value_pairs<NV, 6>(b.v + d, head_dim, pairs, w, out + d * NV * 16, alpha);
+        for (; d + 4 <= head_dim; d += 4) value_pairs<NV, 4>(b.v + d, head_dim, pairs, w, out + d * NV * 16, alpha);
         for (; d + 2 <= head_dim; d += 2) value_pairs<NV, 2>(b.v + d, head_dim, pairs, w, out + d * NV * 16, alpha);
         if (d < head_dim) value_pairs<NV, 1>(b.v + d, head_dim, pairs, w, out + d * NV * 16, alpha);
     }

@@ -70,7 +70,7 @@ struct Plan {
           frames(a.call.radius < a.call.num_frames - 1 ? a.call.num_frames : 1),
           queries(a.call.q.rows / frames, 16),
           fresh(frames > 1 ? a.call.q.rows / frames : a.call.k.rows, 12),
-          reference(a.strength > 0 ? a.call.ref_k.rows : 0, 12) {
+          reference(a.call.strength > 0 ? a.call.ref_k.rows : 0, 12) {
         num_queries = frames * queries.count;
         num_fresh = frames * fresh.count;
         num_keys = num_fresh + reference.count;
@@ -178,7 +178,7 @@ struct Plan {
         job.dq_stride = dq_stride;
         job.scale = call.scale;
         job.scale_log2 = call.scale * 1.44269504f;  // as in the forward pass
-        job.bias_log2 = is_fresh ? 0.f : std::log2(args.strength);
+        job.bias_log2 = is_fresh ? 0.f : std::log2(call.strength);
         job.dk = at(is_fresh ? args.dk : args.dref_k, k.rows, head, row);
         job.dv = at(is_fresh ? args.dv : args.dref_v, v.rows, head, row);
         job.grad_stride = call.heads * call.head_dim;
@@ -225,8 +225,7 @@ void clear(void* data, const View& like, const AttentionArgs& call) {
 std::string attention_backward_faults(const AttentionBackwardArgs& a) {
     const std::string faults = attention_faults(a.call);
     if (!faults.empty()) return faults;
-    if (!(a.strength >= 0) || !std::isfinite(a.strength))
-        return "strength: expected a finite number of 0 or more, got " + std::to_string(a.strength);
+    if (a.call.ref_layout != KeyLayout::rows) return "ref_k: expected plain rows, got a packed reference";
     if (a.grad.rows != a.call.q.rows)
         return "grad: expected L=" + std::to_string(a.call.q.rows) + ", got " + std::to_string(a.grad.rows);
     return "";
@@ -241,7 +240,7 @@ void attention_backward(const AttentionBackwardArgs& args, void* workspace) {
     const Plan plan(args);
     const int threads =
         static_cast<int>(std::min<double>(args.call.num_threads, std::max(1.0, flops(plan) / kFlopsPerThread)));
-    if (args.strength == 0) {
+    if (args.call.strength == 0) {
         clear(args.dref_k, args.call.ref_k, args.call);
         clear(args.dref_v, args.call.ref_v, args.call);
     }

@@ -16,8 +16,7 @@
 namespace avatar_rt::cpu {
 
 struct AttentionBackwardArgs {
-    AttentionArgs call;               // as given to attention(), with its out and lse (natural log)
-    float strength = 1;               // factor on the weights of the reference rows
+    AttentionArgs call;               // as given to attention(), rows not packed, with its out and lse
     View grad;                        // of out: [batch, queries, heads, head_dim], strides free
     const float* grad_lse = nullptr;  // contiguous [batch, heads, queries]; may be null
     // Contiguous [batch, rows, heads, head_dim] in the call's dtype; null: not wanted.

@@ -65,29 +65,40 @@ struct F32Policy {
         float* wide;
     };
 
-    static size_t block_bytes(int head_dim) {
-        return kWiden ? 2 * kBlock * sizeof(float) * ((head_dim + 15) / 16 * 16) : 0;
-    }
+    static size_t block_bytes(int head_dim) { return 2 * kBlock * sizeof(float) * ((head_dim + 15) / 16 * 16); }
     static void place(Block* block, void* memory) { block->wide = static_cast<float*>(memory); }
 
-    static void fill(Block* block, const Input* k, int64_t k_stride, const Input* v, int64_t v_stride, int rows,
-                     int head_dim) {
+    // Rows are read where they lie when they are fp32, else from a copy.
+    static void fill(Block* block, const KeyRange& range, int64_t first, int rows, int head_dim) {
         block->rows = rows;
-        if constexpr (kWiden) {
-            float* wide_v = block->wide + kBlock * head_dim;
-            for (int s = 0; s < rows; ++s)
-                for (int d = 0; d < head_dim; ++d) {
-                    block->wide[s * head_dim + d] = to_f32(k[s * k_stride + d]);
-                    wide_v[s * head_dim + d] = to_f32(v[s * v_stride + d]);
-                }
-            block->k = block->wide;
-            block->v = wide_v;
-            block->k_stride = block->v_stride = head_dim;
+        if (range.layout == KeyLayout::int8) {
+            fill_wide<int8_t>(block, range, first, head_dim);
+        } else if constexpr (kWiden) {
+            fill_wide<Input>(block, range, first, head_dim);
         } else {
-            block->k = k;
-            block->v = v;
-            block->k_stride = k_stride;
-            block->v_stride = v_stride;
+            block->k = static_cast<const float*>(range.k) + first * range.k_stride;
+            block->v = static_cast<const float*>(range.v) + first * range.v_stride;
+            block->k_stride = range.k_stride;
+            block->v_stride = range.v_stride;
+        }
+    }
+
+    template <class Stored>
+    static void fill_wide(Block* block, const KeyRange& range, int64_t first, int head_dim) {
+        float *to_k = block->wide, *to_v = to_k + kBlock * head_dim;
+        block->k = to_k;
+        block->v = to_v;
+        block->k_stride = block->v_stride = head_dim;
+        for (int64_t s = first; s < first + block->rows; ++s, to_k += head_dim, to_v += head_dim) {
+            const Stored* k = static_cast<const Stored*>(range.k) + s * range.k_stride;
+            const Stored* v = static_cast<const Stored*>(range.v) + s * range.v_stride;
+            if constexpr (sizeof(Stored) == 1) {
+                widen_as<Input>(k, range.k_scale[s], head_dim, to_k);
+                widen_as<Input>(v, range.v_scale[s], head_dim, to_v);
+            } else {
+                for (int d = 0; d < head_dim; ++d) to_k[d] = to_f32(k[d]);
+                for (int d = 0; d < head_dim; ++d) to_v[d] = to_f32(v[d]);
+            }
         }
     }
 

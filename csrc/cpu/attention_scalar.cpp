@@ -26,11 +26,7 @@ struct Baseline {
         const I left = a > b;
         return reinterpret_cast<F>((reinterpret_cast<I>(a) & left) | (reinterpret_cast<I>(b) & ~left));
     }
-    static F round(F x) {  // for |x| < 2^22: adding 1.5 * 2^23 leaves no room for a fraction
-        const F magic = set1(12582912.f);
-        return (x + magic) - magic;
-    }
-    static F scale2(F x, F n) { return x * reinterpret_cast<F>((__builtin_convertvector(n, I) + 127) << 23); }
+    static F exponent(F x) { return reinterpret_cast<F>(reinterpret_cast<I>(x) << 23); }
 };
 
 }  // namespace

@@ -46,19 +46,34 @@ inline void from_f32(float x, uint16_t* y) {
     *y = f32_to_bf16(x);
 }
 
-// 2^x for x <= 0 (a little above is fine); below -126 it is 2^-126, which no sum in fp32 can see.
+// An int8 row times its factor, rounded to the element type E and kept as T.
+template <class E, class T>
+inline void widen_as(const int8_t* x, float scale, int count, T* y) {
+    for (int i = 0; i < count; ++i) {
+        E value;
+        from_f32(scale * static_cast<float>(x[i]), &value);
+        if constexpr (sizeof(T) == sizeof(E))
+            y[i] = value;
+        else
+            y[i] = to_f32(value);
+    }
+}
+
+// 2^x for x <= 0 (a little above is fine); below -126 it is 2^-126, which no sum in fp32 can see. The rounding constant
+// leaves the exponent's bits at the bottom of the sum; the product with them keeps a NaN, which adding bits would not.
+// Polynomial: least largest relative error on [-1/2, 1/2] of degree 5 with p(0) = 1, 1.6e-7 in fp32.
 template <class V>
 inline typename V::F exp2_lanes(typename V::F x) {
-    x = V::max(V::set1(-126.f), x);  // the second operand is what survives a NaN
-    const typename V::F n = V::round(x), f = V::sub(x, n);
-    typename V::F p = V::set1(1.534581243e-04f);
-    p = V::fma(p, f, V::set1(1.339993090e-03f));
-    p = V::fma(p, f, V::set1(9.618489072e-03f));
-    p = V::fma(p, f, V::set1(5.550328642e-02f));
-    p = V::fma(p, f, V::set1(2.402264625e-01f));
-    p = V::fma(p, f, V::set1(6.931471825e-01f));
+    const typename V::F rounding = V::set1(12582912.f + 127.f);  // 1.5 * 2^23, and the bias of the exponent
+    x = V::max(V::set1(-126.f), x);                              // the second operand is what survives a NaN
+    const typename V::F n = V::add(x, rounding), f = V::sub(x, V::sub(n, rounding));
+    typename V::F p = V::set1(1.326472731e-03f);
+    p = V::fma(p, f, V::set1(9.671512991e-03f));
+    p = V::fma(p, f, V::set1(5.550733581e-02f));
+    p = V::fma(p, f, V::set1(2.402224243e-01f));
+    p = V::fma(p, f, V::set1(6.931470037e-01f));
     p = V::fma(p, f, V::set1(1.f));
-    return V::scale2(p, n);
+    return V::mul(p, V::exponent(n));
 }
 
 // Per tile: packed queries, transposed output sums, and per query the running maximum (times scale_log2) and sum.
@@ -102,7 +117,8 @@ struct Scratch {
 
 // Scores of a key block against one tile, softmax step, and the weighted sum of the block's values.
 template <class P, int NV>
-void step(const typename P::Block& block, const Tile<P>& t, int head_dim, float scale_log2, bool first, float* scores) {
+void step(const typename P::Block& block, const Tile<P>& t, int head_dim, float scale_log2, float bias, bool first,
+          float* scores) {
     using V = typename P::V;
     using F = typename V::F;
     constexpr int W = V::kWidth;
@@ -111,11 +127,12 @@ void step(const typename P::Block& block, const Tile<P>& t, int head_dim, float 
     P::template scores<NV>(block, t.q, head_dim, scores, peak);
     for (int j = 0; j < NV; ++j) {
         old[j] = V::load(t.peak + j * W);
-        peak[j] = V::mul(peak[j], V::set1(scale_log2));
+        peak[j] = V::fma(peak[j], V::set1(scale_log2), V::set1(bias));
         if (!first) peak[j] = V::max(old[j], peak[j]);
         V::store(t.peak + j * W, peak[j]);
         alpha[j] = first ? V::set1(0.f) : exp2_lanes<V>(V::sub(old[j], peak[j]));
     }
+    for (int j = 0; j < NV; ++j) peak[j] = V::sub(peak[j], V::set1(bias));
     P::template weights<NV>(block.rows, scores, V::set1(scale_log2), peak, sum);
     for (int j = 0; j < NV; ++j) {
         const F before = first ? V::set1(0.f) : V::load(t.sum + j * W);
@@ -125,17 +142,18 @@ void step(const typename P::Block& block, const Tile<P>& t, int head_dim, float 
 }
 
 template <class P>
-void step_any(const typename P::Block& block, const Tile<P>& t, int head_dim, float scale_log2, bool first, float* s) {
+void step_any(const typename P::Block& block, const Tile<P>& t, int head_dim, float scale_log2, float bias, bool first,
+              float* s) {
     switch (t.vectors) {
         case 1:
-            return step<P, 1>(block, t, head_dim, scale_log2, first, s);
+            return step<P, 1>(block, t, head_dim, scale_log2, bias, first, s);
         case 2:
-            return step<P, 2>(block, t, head_dim, scale_log2, first, s);
+            return step<P, 2>(block, t, head_dim, scale_log2, bias, first, s);
         case 3:
-            if constexpr (P::V::kVectors > 2) return step<P, 3>(block, t, head_dim, scale_log2, first, s);
+            if constexpr (P::V::kVectors > 2) return step<P, 3>(block, t, head_dim, scale_log2, bias, first, s);
             break;
         case 4:
-            if constexpr (P::V::kVectors > 2) return step<P, 4>(block, t, head_dim, scale_log2, first, s);
+            if constexpr (P::V::kVectors > 2) return step<P, 4>(block, t, head_dim, scale_log2, bias, first, s);
             break;
     }
 }
@@ -174,10 +192,10 @@ void run(const AttentionJob& job, void* memory) {
         const KeyRange& range = job.ranges[g];
         for (int64_t at = 0; at < range.rows; at += kBlock) {
             const int rows = static_cast<int>(range.rows - at < kBlock ? range.rows - at : kBlock);
-            P::fill(&scratch.block, static_cast<const E*>(range.k) + at * range.k_stride, range.k_stride,
-                    static_cast<const E*>(range.v) + at * range.v_stride, range.v_stride, rows, job.head_dim);
+            P::fill(&scratch.block, range, at, rows, job.head_dim);
             for (int i = 0; i < num_tiles; ++i)
-                step_any<P>(scratch.block, scratch.tiles[i], job.head_dim, job.scale_log2, first, scratch.scores);
+                step_any<P>(scratch.block, scratch.tiles[i], job.head_dim, job.scale_log2, range.bias, first,
+                            scratch.scores);
             first = false;
         }
     }

@@ -19,8 +19,8 @@ struct Avx512 {
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static F fmsub(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
     static F max(F a, F b) { return _mm512_max_ps(a, b); }
-    static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-    static F scale2(F x, F n) { return _mm512_scalef_ps(x, n); }
+    // The low nine bits as sign and exponent of a float.
+    static F exponent(F x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 23)); }
 };
 
 }  // namespace

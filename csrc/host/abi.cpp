@@ -1,5 +1,6 @@
 // The C interface over the CPU kernels.
 #include <cmath>
+#include <cstddef>
 #include <string>
 
 #include "avatar_rt.h"
@@ -20,6 +21,14 @@ View view_of(const avatar_rt_view& v) {
     return {v.data, v.rows, v.batch_stride, v.row_stride, v.head_stride};
 }
 
+// Size of the first header's struct, its padding included: the least that a caller may pass.
+constexpr size_t kFirstSize = offsetof(avatar_rt_attention_args, strength);
+static_assert(kFirstSize % alignof(avatar_rt_attention_args) == 0, "a new member may not lie in the old padding");
+
+// Whether the caller's struct reaches past a member.
+#define AVATAR_RT_HAS(args, member) \
+    ((args)->struct_size >= offsetof(avatar_rt_attention_args, member) + sizeof((args)->member))
+
 bool missing(const avatar_rt_view& v) {
     return v.rows > 0 && v.data == nullptr;
 }
@@ -38,9 +47,9 @@ const char* avatar_rt_last_error(void) {
 
 avatar_rt_status avatar_rt_attention(const avatar_rt_attention_args* a) {
     if (a == nullptr) return fail(AVATAR_RT_INPUT_ERROR, "args: expected a struct, got NULL");
-    if (a->struct_size < sizeof(avatar_rt_attention_args))
-        return fail(AVATAR_RT_INPUT_ERROR, "struct_size: expected " + std::to_string(sizeof(avatar_rt_attention_args)) +
-                                               " or more, got " + std::to_string(a->struct_size));
+    if (a->struct_size < kFirstSize)
+        return fail(AVATAR_RT_INPUT_ERROR, "struct_size: expected " + std::to_string(kFirstSize) + " or more, got " +
+                                               std::to_string(a->struct_size));
     if (a->dtype != AVATAR_RT_F32 && a->dtype != AVATAR_RT_BF16)
         return fail(AVATAR_RT_INPUT_ERROR, "dtype: expected F32 (0) or BF16 (1), got " + std::to_string(a->dtype));
     if (missing(a->q) || missing(a->k) || missing(a->v) || missing(a->ref_k) || missing(a->ref_v) || a->out == nullptr)
@@ -59,6 +68,7 @@ avatar_rt_status avatar_rt_attention(const avatar_rt_attention_args* a) {
     args.out = a->out;
     args.lse = a->lse;
     args.scale = a->scale != 0 ? a->scale : 1 / std::sqrt(static_cast<float>(a->head_dim));
+    args.strength = AVATAR_RT_HAS(a, strength) ? static_cast<float>(a->strength) : 1.f;
     args.num_frames = a->num_frames;
     args.radius = a->radius;
     args.num_threads = a->num_threads;

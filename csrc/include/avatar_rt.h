@@ -49,6 +49,8 @@ typedef struct avatar_rt_attention_args {
     float scale;                 /* 0: 1 / sqrt(head_dim) */
     int64_t num_frames, radius;  /* above one frame: a query sees fresh rows of frames within radius of its own */
     int32_t num_threads;         /* the result does not depend on it */
+    /* Since the second header; 1 for callers whose struct_size ends before it. */
+    double strength; /* factor on each reference row's softmax weight; 0: as if there were no reference */
 } avatar_rt_attention_args;
 
 AVATAR_RT_API int32_t avatar_rt_abi_version(void);
