@@ -178,7 +178,8 @@ struct PairPolicy {
         const uint32_t* w = reinterpret_cast<const uint32_t*>(weights);
         const int pairs = (b.rows + 1) / 2;
         int d = 0;
-        for (; d + 6 <= head_dim && head_dim - d != 8; d += 6) value_pairs<NV, 6>(b.v + d, head_dim, pairs, w, out + d * NV * 16, alpha);
+        for (; d + 6 <= head_dim && head_dim - d != 8; d += 6)
+            value_pairs<NV, 6>(b.v + d, head_dim, pairs, w, out + d * NV * 16, alpha);
         for (; d + 4 <= head_dim; d += 4) value_pairs<NV, 4>(b.v + d, head_dim, pairs, w, out + d * NV * 16, alpha);
         for (; d + 2 <= head_dim; d += 2) value_pairs<NV, 2>(b.v + d, head_dim, pairs, w, out + d * NV * 16, alpha);
         if (d < head_dim) value_pairs<NV, 1>(b.v + d, head_dim, pairs, w, out + d * NV * 16, alpha);
