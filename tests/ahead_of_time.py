@@ -13,12 +13,7 @@ import torch
 from avatar_rt.kernels._launch import Launch
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 120: 99 * 1024}  # that one block may use
-_TYPES = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int64: "*i64",
-}
+_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,5 @@ def compile_ahead(launch: Launch, arch: int) -> Compiled:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     cubin = Path(binary.metadata_group[f"{launch.kernel.__name__}.cubin"])
     usage = subprocess.run([str(tool), "-res-usage", str(cubin)], capture_output=True, text=True, check=True)
-    registers, stack = (
-        int(re.search(rf"{word}:(\d+)", usage.stdout + usage.stderr)[1]) for word in ("REG", "STACK")
-    )
+    registers, stack = (int(re.search(rf"{word}:(\d+)", usage.stdout + usage.stderr)[1]) for word in ("REG", "STACK"))
     return Compiled(binary.metadata.shared, registers, stack, binary.asm["ptx"])

@@ -1,5 +1,6 @@
 """One kernel launch as a value: what runs, over which grid, with which arguments; to be run, printed or compiled."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,9 +52,12 @@ class Launch:
 
 def arch_of(x: Tensor) -> int:
     """Compute capability of the GPU that holds ``x``, such as 90; 0 for the interpreter's CPU tensors."""
-    if x.device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(x.device)
+    return 0 if x.device.type != "cuda" else _arch(x.device)
+
+
+@functools.cache
+def _arch(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 

@@ -29,14 +29,14 @@ _LARGE = {
     (4, 64): Config(64, 64, 4, 2),
 }
 _MIDDLE = {
-    (2, 128): Config(128, 64, 8, 3),
+    (2, 128): Config(128, 32, 8, 3),
     (2, 64): Config(128, 64, 4, 3),
     (4, 128): Config(64, 32, 4, 2),
     (4, 64): Config(64, 64, 4, 2),
 }
 _SMALL = {
     (2, 128): Config(128, 32, 8, 2),
-    (2, 64): Config(128, 64, 4, 2),
+    (2, 64): Config(128, 64, 8, 2),
     (4, 128): Config(32, 32, 4, 1),
     (4, 64): Config(64, 32, 4, 2),
 }
@@ -176,11 +176,12 @@ def segment_args(
     reference = ref_k is not None and ref_k.shape[1] > 0 and ref_bias != -math.inf
     names = ("k", "v", "ref_k", "ref_v")
     present = (fresh, fresh, reference, reference)
-    tensors = dict(zip(names, (x if has else q for x, has in zip((k, v, ref_k, ref_v), present))))
+    pairs = zip((k, v, ref_k, ref_v), present)
+    tensors: dict[str, Tensor] = dict(zip(names, (x if has and x is not None else q for x, has in pairs)))
     args: dict[str, Any] = {"q": q, **tensors, **strides("q", q, "bln")}
     for name in names:
         args |= strides(name, tensors[name], "bln")
-    args |= {"HAS_FRESH": fresh, "HAS_REF": reference, "ref_rows": ref_k.shape[1] if reference else 0}
+    args |= {"HAS_FRESH": fresh, "HAS_REF": reference, "ref_rows": tensors["ref_k"].shape[1] if reference else 0}
     args["ref_bias"] = float(ref_bias) if reference else 0.0
     return args
 

@@ -1,10 +1,12 @@
 """Attention over key/value segments, backward: weights are remade from the saved LSE, segment by segment.
 
 With P = exp(S - LSE) and dP = dO V^T:  dV = P^T dO,  dS = P (dP - delta),  dQ = scale dS K,  dK = scale dS^T Q, where
-delta = rowsum(dO * O) - dLSE (arXiv 2205.14135; the LSE's own gradient P dLSE joins delta). One kernel makes a tile of dQ
-walking the keys as the forward does, another a tile of dK and dV walking the queries that see it. Each result has one
-owner, who adds in one order: no atomics, the same bits each time.
+delta = rowsum(dO * O) - dLSE (arXiv 2205.14135; the gradient that came through the LSE joins delta). One kernel makes a
+tile of dQ walking the keys as the forward does, another a tile of dK and dV walking the queries that see it. A result
+has one owner, who adds in one order: no atomics, the same bits each time.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -182,7 +184,12 @@ def dkv_kernel(
 def delta_launch(grad: Tensor, grad_lse: Tensor | None, out: Tensor, delta: Tensor) -> Launch:
     """delta [B, N, L] from [B, L, N, D] gradient and output, and the LSE's gradient [B, N, L] contiguous, if any."""
     batch, rows, heads, dim = out.shape
-    args = {"grad": grad, "out": out, "grad_lse": delta if grad_lse is None else grad_lse, "delta": delta}
+    args: dict[str, Any] = {
+        "grad": grad,
+        "out": out,
+        "grad_lse": delta if grad_lse is None else grad_lse,
+        "delta": delta,
+    }
     args |= strides("grad", grad, "bln") | strides("out", out, "bln")
     args |= {"q_rows": rows, "HAS_GRAD_LSE": grad_lse is not None, "DIM": dim, "DIM_PAD": power_of_two(dim, 16)}
     return Launch(delta_kernel, (triton.cdiv(rows, _DELTA_ROWS), heads, batch), args | {"ROWS": _DELTA_ROWS})

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from avatar_rt.ops import _check
+from avatar_rt.ops import _check, _triton
 
 Segments = list[tuple[Tensor, Tensor]]
 
@@ -41,7 +41,12 @@ def backward(ctx, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor 
     if grad is None:
         grad = torch.zeros_like(out)
     with _check.plain(q):
-        if not ctx.band:
+        if _triton.refuses_attention(q) is None:
+            num_frames, radius = ctx.band or (1, 0)
+            grads = _triton.attention_backward(
+                grad, grad_lse, q, k, v, ref_k, ref_v, out, lse, num_frames, radius, ctx.scale
+            )  # fmt: skip
+        elif not ctx.band:
             dq, pairs = _attend_backward(grad, grad_lse, q, segments_of(k, v, ref_k, ref_v), out, lse, ctx.scale)
             grads = [dq, *_spread(pairs, k, ref_k)]
         else:
