@@ -29,11 +29,12 @@ if importlib.util.find_spec("triton") is None:
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16, torch.float16]
-here = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="no GPU: interpreted elsewhere")
+GPU = torch.cuda.is_available() and not INTERPRETED
+DTYPES = [torch.float32, torch.bfloat16, torch.float16] if GPU else [torch.float32]
+here = pytest.mark.skipif(not INTERPRETED and not GPU, reason="no GPU: interpreted in another process")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
-if INTERPRETED or torch.cuda.is_available():
+if INTERPRETED or GPU:
     from avatar_rt.kernels import conv, flow, norm
     from avatar_rt.kernels._launch import Config
     from avatar_rt.kernels.attention import attention
@@ -324,7 +325,7 @@ def test_reasons(monkeypatch):
     assert _triton.refuses_rows(x=x[0, 0], y=x[0, 0].t()) == reason
 
 
-@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.skipif(not GPU, reason="no GPU")
 def test_ops_on_a_gpu_take_triton():
     args = [x.requires_grad_() for x in there(*inputs((1, 40, 40, 20, 2, 64), torch.bfloat16))]
     with ops.force("local_temporal_attention", "triton"):

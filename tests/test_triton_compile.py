@@ -21,6 +21,7 @@ from avatar_rt.kernels import conv, flow, norm
 from avatar_rt.kernels._launch import Launch
 
 HEADS, ROWS, FRAMES = 12, 1560 * 4, 4  # four latent frames of 480 x 832
+MAX_SPILLS = {80: 16, 90: 0, 120: 0}  # bytes per thread
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 120: "mma.sync"}
 
 
@@ -76,7 +77,14 @@ def test_attention(kernel, dim, arch):
     )
     assert compiled.shared <= SHARED_BYTES[arch]
     assert MATRIX[arch] in compiled.ptx
-    assert arch != 90 or compiled.spills == 0
+    assert compiled.spills <= MAX_SPILLS[arch]
+
+
+@pytest.mark.parametrize("kernel", ["forward", "dq", "dkv"])
+def test_attention_in_fp32_fits_the_smallest_chip(kernel):
+    compiled = compile_ahead(attention_launch(kernel, 128, 120, torch.float32), 120)
+    assert compiled.shared <= SHARED_BYTES[120]
+    assert "tf32" not in compiled.ptx
 
 
 @pytest.mark.parametrize("arch", [80, 90, 120])
@@ -87,4 +95,4 @@ def test_memory_bound(kernel, arch):
     compiled = compile_ahead(small_launch(kernel), arch)
     assert compiled.shared <= 4096
     assert compiled.spills == 0
-    assert "ld.global.v4" in compiled.ptx or "ld.global.L1" in compiled.ptx or "ld.global.v2" in compiled.ptx
+    assert "ld.global.v4" in compiled.ptx  # 16 bytes per thread

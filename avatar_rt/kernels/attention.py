@@ -20,36 +20,25 @@ from avatar_rt.kernels._launch import Config, Launch, arch_of, power_of_two, str
 LOG2E = math.log2(math.e)
 LN2 = tl.constexpr(math.log(2))
 
-# (bytes per element, padded head dim) -> tiles, by what a block may hold in shared memory: 163 KB on sm_80 (99 KB on
-# its consumer parts and on sm_120, which share a table), 227 KB on sm_90 and sm_100.
-_LARGE = {
-    (2, 128): Config(128, 128, 8, 2),
-    (2, 64): Config(128, 128, 8, 3),
-    (4, 128): Config(64, 32, 4, 2),
-    (4, 64): Config(64, 64, 4, 2),
+# Tiles by padded head dim for 16-bit dtypes, by what a block may hold in shared memory: ``large`` is 227 KB (sm_90,
+# sm_100), ``middle`` 163 KB (sm_80), ``small`` 99 KB (sm_86, sm_89, sm_120). Chosen so that no register is spilled;
+# not yet timed on a GPU. fp32 does without matrix units to keep its precision, and has one table for all.
+_TILES = {
+    "large": {64: Config(128, 128, 8, 3), 128: Config(128, 128, 8, 2)},
+    "middle": {64: Config(128, 64, 4, 3), 128: Config(128, 32, 8, 3)},
+    "small": {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2)},
+    "fp32": {64: Config(32, 32, 8, 1), 128: Config(16, 16, 8, 1)},
 }
-_MIDDLE = {
-    (2, 128): Config(128, 32, 8, 3),
-    (2, 64): Config(128, 64, 4, 3),
-    (4, 128): Config(64, 32, 4, 2),
-    (4, 64): Config(64, 64, 4, 2),
-}
-_SMALL = {
-    (2, 128): Config(128, 32, 8, 2),
-    (2, 64): Config(128, 64, 8, 2),
-    (4, 128): Config(32, 32, 4, 1),
-    (4, 64): Config(64, 32, 4, 2),
-}
+_CLASSES = {9: "large", 10: "large", 8: "small", 12: "small"}
 INTERPRETED = Config(32, 32, 4, 1)
 
 
-def pick(tables: tuple[dict, dict, dict], arch: int, dtype: torch.dtype, head_dim: int) -> Config:
-    """The tiles of (large, middle, small) shared memory for a GPU; a head dim below 64 takes those of 64."""
+def pick(tiles: dict[str, dict[int, Config]], arch: int, dtype: torch.dtype, head_dim: int) -> Config:
+    """The tiles for a GPU of compute capability ``arch``; 0 is the interpreter."""
     if arch == 0:
         return INTERPRETED
-    large, middle, small = tables
-    table = large if arch // 10 in (9, 10) else middle if arch == 80 else small
-    return table[dtype.itemsize, 128 if head_dim > 64 else 64]
+    kind = "fp32" if dtype == torch.float32 else "middle" if arch == 80 else _CLASSES.get(arch // 10, "small")
+    return tiles[kind][128 if head_dim > 64 else 64]
 
 
 # --- device code shared with the backward ----------------------------------------------------------------------------
@@ -206,7 +195,7 @@ def forward_launch(
     num_frames: int, radius: int, scale: float, ref_bias: float, arch: int, config: Config | None = None,
 ) -> Launch:  # fmt: skip
     """The forward's launch for a GPU of compute capability ``arch``."""
-    config = config or pick((_LARGE, _MIDDLE, _SMALL), arch, q.dtype, q.shape[3])
+    config = config or pick(_TILES, arch, q.dtype, q.shape[3])
     args = segment_args(q, k, v, ref_k, ref_v, ref_bias) | shape_args(q, k, num_frames, radius, scale)
     args |= {"out": out, "lse": lse, **strides("out", out, "bln"), "ROWS": config.rows, "KEYS": config.keys}
     grid = (num_frames * triton.cdiv(args["q_size"], config.rows), q.shape[2], q.shape[0])

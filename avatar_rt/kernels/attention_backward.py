@@ -19,23 +19,19 @@ from avatar_rt.kernels.attention import band, load_rows, pick, segment_args, sha
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-# As in attention.py: (bytes per element, padded head dim) -> tiles, by shared memory.
-_DQ = (
-    {(2, 128): Config(128, 64, 8, 2), (2, 64): Config(128, 64, 4, 2), (4, 128): Config(32, 32, 4, 1),
-     (4, 64): Config(64, 32, 4, 1)},
-    {(2, 128): Config(64, 64, 4, 2), (2, 64): Config(128, 64, 4, 2), (4, 128): Config(32, 32, 4, 1),
-     (4, 64): Config(64, 32, 4, 1)},
-    {(2, 128): Config(64, 32, 4, 1), (2, 64): Config(64, 64, 4, 1), (4, 128): Config(16, 32, 4, 1),
-     (4, 64): Config(32, 32, 4, 1)},
-)  # fmt: skip
-_DKV = (
-    {(2, 128): Config(64, 128, 8, 2), (2, 64): Config(64, 128, 8, 2), (4, 128): Config(32, 32, 4, 1),
-     (4, 64): Config(32, 64, 4, 1)},
-    {(2, 128): Config(32, 128, 8, 2), (2, 64): Config(64, 128, 8, 2), (4, 128): Config(32, 32, 4, 1),
-     (4, 64): Config(32, 64, 4, 1)},
-    {(2, 128): Config(32, 64, 4, 1), (2, 64): Config(64, 64, 4, 1), (4, 128): Config(32, 16, 4, 1),
-     (4, 64): Config(32, 32, 4, 1)},
-)  # fmt: skip
+# As in attention.py.
+_DQ_TILES = {
+    "large": {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2)},
+    "middle": {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2)},
+    "small": {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2)},
+    "fp32": {64: Config(16, 16, 8, 1), 128: Config(16, 16, 8, 1)},
+}
+_DKV_TILES = {
+    "large": {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2)},
+    "middle": {64: Config(32, 128, 8, 2), 128: Config(16, 128, 8, 2)},
+    "small": {64: Config(32, 128, 8, 2), 128: Config(16, 128, 8, 2)},
+    "fp32": {64: Config(32, 32, 8, 1), 128: Config(16, 16, 8, 1)},
+}
 _DELTA_ROWS = 32
 
 
@@ -124,26 +120,6 @@ def dq_kernel(
 # --- dK, dV ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def _dkv_visit(dk, dv, k, v, q, q_l, grad, grad_l, lse, delta, start, stop, scale, bias,
-               ROWS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PRECISION: tl.constexpr,
-               MASKED: tl.constexpr):  # fmt: skip
-    q_tile = load_rows(q, q_l, start, stop, ROWS, DIM, DIM_PAD, MASKED)
-    grad_tile = load_rows(grad, grad_l, start, stop, ROWS, DIM, DIM_PAD, MASKED)
-    rows = start + tl.arange(0, ROWS)
-    if MASKED:
-        shift = tl.load(lse + rows, mask=rows < stop, other=float("inf"))  # a weight of 0
-        delta_tile = tl.load(delta + rows, mask=rows < stop, other=0.0)
-    else:
-        shift, delta_tile = tl.load(lse + rows), tl.load(delta + rows)
-    s = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION)
-    p = tl.exp2(s * scale - (shift * LOG2E - bias)[None, :])
-    dv = tl.dot(p.to(grad_tile.dtype), grad_tile, dv, input_precision=PRECISION)
-    dp = tl.dot(v, tl.trans(grad_tile), input_precision=PRECISION)
-    ds = (p * (dp - delta_tile[None, :])).to(q_tile.dtype)
-    return tl.dot(ds, q_tile, dk, input_precision=PRECISION), dv
-
-
 @triton.jit(do_not_specialize=["q_rows", "q_size", "k_size", "num_frames", "radius"])
 def dkv_kernel(
     q, k, v, grad, lse, delta, dk, dv,
@@ -163,17 +139,18 @@ def dkv_kernel(
     dk_tile = tl.zeros([KEYS, DIM_PAD], tl.float32)
     dv_tile = tl.zeros([KEYS, DIM_PAD], tl.float32)
     low, high = band(frame, num_frames, radius, q_size)
-    whole = low + (high - low) // ROWS * ROWS
-    for at in tl.range(low, whole, ROWS):
-        dk_tile, dv_tile = _dkv_visit(
-            dk_tile, dv_tile, k_tile, v_tile, q, q_l, grad, grad_l, lse, delta, at, high, scale, bias,
-            ROWS, DIM, DIM_PAD, PRECISION, False,
-        )  # fmt: skip
-    if whole < high:
-        dk_tile, dv_tile = _dkv_visit(
-            dk_tile, dv_tile, k_tile, v_tile, q, q_l, grad, grad_l, lse, delta, whole, high, scale, bias,
-            ROWS, DIM, DIM_PAD, PRECISION, True,
-        )  # fmt: skip
+    for at in tl.range(low, high, ROWS):  # only loads are masked, which is free; a second body would spill registers
+        q_tile = load_rows(q, q_l, at, high, ROWS, DIM, DIM_PAD, True)
+        grad_tile = load_rows(grad, grad_l, at, high, ROWS, DIM, DIM_PAD, True)
+        rows = at + tl.arange(0, ROWS)
+        shift = tl.load(lse + rows, mask=rows < high, other=float("inf"))  # a weight of 0
+        delta_tile = tl.load(delta + rows, mask=rows < high, other=0.0)
+        s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+        p = tl.exp2(s * scale - (shift * LOG2E - bias)[None, :])
+        dv_tile = tl.dot(p.to(grad_tile.dtype), grad_tile, dv_tile, input_precision=PRECISION)
+        dp = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
+        ds = (p * (dp - delta_tile[None, :])).to(q_tile.dtype)
+        dk_tile = tl.dot(ds, q_tile, dk_tile, input_precision=PRECISION)
     store_rows(dk + b * dk_b + n * dk_n, dk_l, start, stop, dk_tile * (scale * LN2), KEYS, DIM, DIM_PAD)
     store_rows(dv + b * dv_b + n * dv_n, dv_l, start, stop, dv_tile, KEYS, DIM, DIM_PAD)
 
@@ -201,7 +178,7 @@ def dq_launch(
     config: Config | None = None,
 ) -> Launch:  # fmt: skip
     """The query gradient's launch for a GPU of compute capability ``arch``."""
-    config = config or pick(_DQ, arch, q.dtype, q.shape[3])
+    config = config or pick(_DQ_TILES, arch, q.dtype, q.shape[3])
     args = segment_args(q, k, v, ref_k, ref_v, ref_bias) | shape_args(q, k, num_frames, radius, scale)
     args |= {"grad": grad, "lse": lse, "delta": delta, "dq": dq} | strides("grad", grad, "bln")
     args |= strides("dq", dq, "bln") | {"ROWS": config.rows, "KEYS": config.keys}
@@ -214,7 +191,7 @@ def dkv_launch(
     num_frames: int, radius: int, scale: float, bias: float, arch: int, config: Config | None = None,
 ) -> Launch:  # fmt: skip
     """The launch for the gradients of one segment's keys and values."""
-    config = config or pick(_DKV, arch, q.dtype, q.shape[3])
+    config = config or pick(_DKV_TILES, arch, q.dtype, q.shape[3])
     args = shape_args(q, k, num_frames, radius, scale) | {"bias": float(bias)}
     tensors = {"q": q, "k": k, "v": v, "grad": grad, "dk": dk, "dv": dv}
     for name, x in tensors.items():

@@ -16,7 +16,7 @@ from avatar_rt.kernels._launch import Launch, strides
 _PLANE = 1024  # elements of a height x width plane per program
 
 
-@triton.jit(do_not_specialize=["frames", "plane"])
+@triton.jit(do_not_specialize=["frames"])
 def with_past_kernel(
     x, state, past, new_state, x_b, x_c, x_t, state_b, state_c, state_t, channels, frames, plane,
     HAS_STATE: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
