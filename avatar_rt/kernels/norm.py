@@ -17,14 +17,15 @@ from torch import Tensor
 from avatar_rt.kernels._launch import Launch, power_of_two, strides
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def qk_norm_rope_kernel(
-    x, weight, cos, sin, out, x_b, x_l, x_n, cos_l, sin_l, out_b, out_l, out_n, rows, eps,
+    x, weight, cos, sin, out, x_b, x_l, x_n, cos_l, sin_l, out_b, out_l, out_n, eps,
     HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
 ):  # fmt: skip
     """x, out: [B, L, N, D] with D contiguous. Grid: (L, B, 1)."""
     row, b = tl.cast(tl.program_id(0), tl.int64), tl.cast(tl.program_id(1), tl.int64)
-    n, d = tl.arange(0, HEADS_PAD)[:, None], tl.arange(0, DIM_PAD)[None, :]
+    n = tl.cast(tl.arange(0, HEADS_PAD)[:, None], tl.int64)  # heads may lie far apart
+    d = tl.arange(0, DIM_PAD)[None, :]
     inside = (n < HEADS) & (d < DIM)
     token = tl.load(x + b * x_b + row * x_l + n * x_n + d, mask=inside, other=0.0).to(tl.float32)
     gain = tl.load(weight + n * DIM + d, mask=inside, other=0.0).to(tl.float32)
@@ -93,7 +94,7 @@ def _warps(elements: int) -> int:
 def qk_norm_rope_launch(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, out: Tensor) -> Launch:
     """Shapes as in ``qk_norm_rope``."""
     batch, rows, heads, dim = x.shape
-    args: dict[str, Any] = {"x": x, "weight": weight, "cos": cos, "sin": sin, "out": out, "rows": rows, "eps": eps}
+    args: dict[str, Any] = {"x": x, "weight": weight, "cos": cos, "sin": sin, "out": out, "eps": eps}
     args |= strides("x", x, "bln") | strides("cos", cos, "l") | strides("sin", sin, "l") | strides("out", out, "bln")
     pads: dict[str, int] = {"HEADS": heads, "HEADS_PAD": power_of_two(heads), "DIM": dim, "DIM_PAD": power_of_two(dim)}
     return Launch(
