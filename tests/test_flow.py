@@ -55,7 +55,7 @@ def test_input_errors():
 def test_cost_and_refusals():
     z = torch.zeros(2, 3)
     assert cost("flow_step", z, z, 1.0, 0.5) == (12, 72)
-    assert explain("flow_step", z, z, 1.0, 0.5) == {"cuda": "z is on cpu", "reference": None}
+    assert explain("flow_step", z, z, 1.0, 0.5) == {"cuda": "z is on cpu", "triton": "z is on cpu", "reference": None}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")

@@ -1,1 +1,4 @@
-"""Triton implementations of the ops, one module per family. Empty until a GPU kernel exists."""
+"""Triton kernels: launchers that take torch tensors and allocate their outputs, one module per op family.
+
+Nothing here is imported until an op needs it; ``avatar_rt.ops`` decides when that is.
+"""

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from avatar_rt.ops import _dispatch, _load
+from avatar_rt.ops import _dispatch, _load, _triton
 from avatar_rt.ops._dispatch import Implementation
 
 MAX_HEAD_DIM = 256  # of the CPU kernels
@@ -197,9 +197,16 @@ def run_native_backward(
     return [x for x in grads if x is not None]
 
 
+def _run_triton(*args) -> list[Tensor]:
+    *call, wanted = args
+    grads = _triton.attention_backward(*call)
+    return [g.to(args[2].dtype) for g, want in zip(grads, wanted, strict=True) if want and g is not None]
+
+
 _dispatch.register(
     "attention_backward",
     _cost,
+    Implementation("triton", _triton.refuses_attention, _run_triton),
     Implementation("cpu", _refuses_cpu, run_native_backward),
     Implementation("reference", _refuses_reference, _definition),
 )

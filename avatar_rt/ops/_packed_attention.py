@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from avatar_rt.ops import _dispatch, _load, attention
+from avatar_rt.ops import _dispatch, _load, _triton, attention
 from avatar_rt.ops._dispatch import Implementation
 from avatar_rt.ops.packed import layout_of, unpack
 
@@ -77,9 +77,22 @@ def run_native(
     return out, lse
 
 
+def _refuses_rows(q: Tensor, k: Tensor | None, v: Tensor | None, packed_k: Tensor, packed_v: Tensor, *rest):
+    layout = layout_of(packed_k, packed_v)
+    if q.device.type == "cuda" and layout != "rows":
+        return f"the reference is packed as {layout}, GPU kernels read rows"
+    return _triton.refuses_attention(q)
+
+
+def _run_triton(q, k, v, packed_k, packed_v, k_scale, v_scale, rows, scale, strength) -> tuple[Tensor, Tensor]:
+    """Rows are a strided view of the plain reference."""
+    return _triton.sparse_attention(q, k, v, *unpack(packed_k, packed_v, k_scale, v_scale, q.dtype), scale, strength)
+
+
 _dispatch.register(
     "packed_reference_attention",
     _packed_cost,
+    Implementation("triton", _refuses_rows, _run_triton),
     Implementation("cpu", _refuses_cpu, run_native),
     Implementation("reference", lambda *args: None, _packed_ref, by_choice=False),
 )

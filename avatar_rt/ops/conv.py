@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from avatar_rt.errors import InputError
-from avatar_rt.ops import _check, _dispatch
+from avatar_rt.ops import _check, _dispatch, _triton
 from avatar_rt.ops._dispatch import Implementation
 
 
@@ -90,7 +90,10 @@ def _refuses_reference(*args) -> str | None:
 
 
 _dispatch.register(
-    "causal_conv3d", _causal_conv3d_cost, Implementation("reference", _refuses_reference, _causal_conv3d_ref)
+    "causal_conv3d",
+    _causal_conv3d_cost,
+    Implementation("triton", _triton.refuses_causal_conv3d, _triton.causal_conv3d),
+    Implementation("reference", _refuses_reference, _causal_conv3d_ref),
 )
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from avatar_rt.errors import InputError
-from avatar_rt.ops import _check, _dispatch, _load
+from avatar_rt.ops import _check, _dispatch, _load, _triton
 from avatar_rt.ops._dispatch import Implementation
 
 
@@ -72,6 +72,7 @@ _dispatch.register(
     "flow_step",
     _flow_step_cost,
     Implementation("cuda", _refuses_cuda, _flow_step_cuda),
+    Implementation("triton", _triton.refuses_flow_step, _triton.flow_step),
     Implementation("reference", _refuses_reference, _flow_step_ref),
 )
 

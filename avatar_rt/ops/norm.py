@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from avatar_rt.errors import InputError
-from avatar_rt.ops import _check, _dispatch
+from avatar_rt.ops import _check, _dispatch, _triton
 from avatar_rt.ops._dispatch import Implementation
 
 
@@ -215,15 +215,22 @@ def _refuses_reference(*args) -> str | None:
 
 
 _dispatch.register(
-    "qk_norm_rope", _qk_norm_rope_cost, Implementation("reference", _refuses_reference, _qk_norm_rope_ref)
+    "qk_norm_rope",
+    _qk_norm_rope_cost,
+    Implementation("triton", _triton.refuses_qk_norm_rope, _triton.qk_norm_rope),
+    Implementation("reference", _refuses_reference, _qk_norm_rope_ref),
 )
 _dispatch.register(
     "layernorm_modulate",
     _layernorm_modulate_cost,
+    Implementation("triton", _triton.refuses_layernorm_modulate, _triton.layernorm_modulate),
     Implementation("reference", _refuses_reference, _layernorm_modulate_ref),
 )
 _dispatch.register(
-    "gate_residual", _gate_residual_cost, Implementation("reference", _refuses_reference, _gate_residual_ref)
+    "gate_residual",
+    _gate_residual_cost,
+    Implementation("triton", _triton.refuses_gate_residual, _triton.gate_residual),
+    Implementation("reference", _refuses_reference, _gate_residual_ref),
 )
 
 
