@@ -73,12 +73,70 @@ def _clips(data: dict) -> list[str]:
     ]
 
 
+def ops_results() -> list[Path]:
+    """Stored runs of ``python -m bench.ops``, one per machine, CPUs first."""
+    found = [(json.loads(p.read_text())["machine"]["device"] != "cpu", p) for p in sorted(RESULTS.glob("ops-*.json"))]
+    return [p for _, p in sorted(found)]
+
+
+def _ops(data: dict) -> list[str]:
+    """One machine's table: ours against the baseline of each case, ratios of medians."""
+    r, m = data["result"], data["machine"]
+    where = f"{r['threads']} thread(s), {r['clock']}" if m["device"] == "cpu" else r["clock"]
+    rates = ", ".join(
+        f"{k.replace('_', ' ')} {v / 1e9:.0f} {'GB/s' if k == 'copy' else 'GFLOP/s'}" for k, v in r["ceilings"].items()
+    )
+    lines = [
+        "",
+        f"Speed of the ops on {m['name']} (`python -m bench.ops`; {where}, torch {m['torch']}, commit {m['commit']}).",
+        f"Measured ceilings: {rates}.",
+        "",
+        "| op | case | dtype | baseline | ours, ms | baseline, ms | baseline / ours | ours, of peak | extra MB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    cases: dict[tuple, list[dict]] = {}
+    for row in r["rows"]:
+        cases.setdefault((row["table"], row["case"], row["words"], row["dtype"]), []).append(row)
+    for (table, _, words, dtype), rows in cases.items():
+        ours = next((row for row in rows if row["name"] == "ours" and "median_ms" in row), None)
+        base = next((row for row in rows if row["kind"] == "baseline" and "median_ms" in row), None)
+        if ours is None or base is None:
+            continue
+        extra = ours.get("extra_bytes")
+        peak = f"{ours['of_peak']:.0%}" if "of_peak" in ours else f"{ours['of_copy']:.0%} of copy"
+        lines.append(
+            f"| {table} | {words.split(', ours moves')[0]} | {dtype} | {base['name']} | {ours['median_ms']:.4g} "
+            f"| {base['median_ms']:.4g} | {ours['times_baseline']:.2f} | {peak} "
+            f"| {'' if extra is None else f'{extra / 2**20:.0f}'} |"
+        )
+    for dtype, g in r["growth"].items():
+        if g["fit"]:
+            last = g["points"][-1]
+            ratio = (
+                f"; at R={last['R']} dense attention takes {last['dense'] / last[g['fit_of']]:.0f}x"
+                if "dense" in last
+                else ""
+            )
+            lines += [
+                "",
+                f"Growth over reference length, {dtype}: a straight line with R² = {g['fit']['r2']:.4f}{ratio}.",
+            ]
+    for dtype, t in r["two_threads"].items():
+        lines += ["", f"Two threads, {dtype}: {t['speedup']:.2f}x one (wall time; load at the start {m['load']:.1f})."]
+    picture = RESULTS / ("ops-growth.png" if m["device"] == "cpu" else "ops-growth-gpu.png")
+    if picture.exists():
+        lines += ["", f"![Time of a step over reference length]({picture.relative_to(ROOT).as_posix()})"]
+    return lines
+
+
 def section() -> str:
     lines = []
     for name, words in (("cases", _cases), ("clips", _clips)):
         path = RESULTS / f"{name}.json"
         if path.exists():
             lines += words(json.loads(path.read_text()))
+    for path in ops_results():
+        lines += _ops(json.loads(path.read_text()))
     return "\n".join(lines)
 
 

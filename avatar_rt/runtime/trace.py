@@ -1,4 +1,4 @@
-"""Named ranges for profilers: the stages of a request as one reads them in a timeline, and nothing when nobody looks."""
+"""Named ranges for profilers: the stages of a request as a timeline shows them, nothing when nobody looks."""
 
 from __future__ import annotations
 
