@@ -222,11 +222,10 @@ def ceilings(device: str, clock: Clock, *, quick: bool = False) -> dict[str, flo
     target = torch.empty_like(source)
     found["copy"] = 2 * source.numel() / _best(lambda: target.copy_(source), clock, REPEATS)
     module = _load.native()[0]
-    if not gpu and hasattr(module, "fma_peak"):
+    if not gpu and hasattr(module, "fma_peak"):  # GFLOP/s of one core, from registers alone
         for word, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
-            found[f"fma_{word}"] = clock.threads * max(
-                module.fma_peak(dtype, 0.02 if quick else 0.2) for _ in range(3 if quick else REPEATS)
-            )
+            rates = [module.fma_peak(dtype, 0.02 if quick else 0.2) for _ in range(REPEATS)]
+            found[f"fma_{word}"] = 1e9 * clock.threads * max(rates)
     return found
 
 

@@ -233,6 +233,21 @@ def test_plot_without_matplotlib_is_one_sentence(quick, tmp_path, monkeypatch):
     assert str(caught.value) == "plot: matplotlib is not installed: pip install -e '.[bench]'"
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_fma_peak_is_used_where_the_core_has_it(monkeypatch, threads):
+    class Native:
+        @staticmethod
+        def fma_peak(dtype, seconds):
+            return {"float32": 240.0, "bfloat16": 450.0}[dtype]
+
+    monkeypatch.setattr(harness._load, "native", lambda: (Native, ""))
+    found = harness.ceilings("cpu", Clock("cpu", threads), quick=True)
+    assert found["fma_bf16"] == 450e9 * threads
+    assert found["fma_fp32"] == 240e9 * threads
+    monkeypatch.setattr(harness._load, "native", lambda: (None, "not built"))
+    assert set(harness.ceilings("cpu", Clock("cpu", 1), quick=True)) == {"matmul_fp32", "matmul_bf16", "copy"}
+
+
 def test_peak_is_the_best_measured_rate():
     found = {"matmul_fp32": 9e10, "fma_fp32": 2.4e11, "matmul_bf16": 3.6e11, "copy": 1e10}
     assert harness.peak_of(found, torch.float32) == (2.4e11, "fma_fp32")
