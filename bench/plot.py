@@ -45,10 +45,12 @@ def draw(source: Path, target: Path | None = None) -> Path | None:
             points = [(p["R"], p[key]) for p in data["points"] if key in p]
             if points:
                 axis.plot(*zip(*points, strict=True), marker=marker, color=colour, label=label, linewidth=1.5)
-        fit = f", {data['fit_of']} is a line with R² = {data['fit']['r2']:.4f}" if data["fit"] else ""
+        fit = f", {data['fit_of']} fits a line with R² = {data['fit']['r2']:.4f}" if data["fit"] else ""
         axis.set(xscale="log", yscale="log", xlabel="reference rows R", ylabel="ms per step")
+        axis.minorticks_off()
+        axis.set_xticks([p["R"] for p in data["points"]], [f"{p['R']:,}" for p in data["points"]], fontsize=8)
         axis.set_title(f"{dtype}, G={data['G']}, {data['heads']} heads, d={data['head_dim']}{fit}", fontsize=9)
-        axis.grid(alpha=0.3, which="both")
+        axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     machine = document["machine"]
     threads = "" if machine["device"] != "cpu" else f", {document['threads']} thread(s)"

@@ -89,44 +89,85 @@ def _ops(data: dict) -> list[str]:
     lines = [
         "",
         f"Speed of the ops on {m['name']} (`python -m bench.ops`; {where}, torch {m['torch']}, commit {m['commit']}).",
-        f"Measured ceilings: {rates}.",
+        f"Measured ceilings: {rates}. After a slash: with the reference packed beforehand.",
         "",
-        "| op | case | dtype | baseline | ours, ms | baseline, ms | baseline / ours | ours, of peak | extra MB |",
+        "| op | case | dtype | baseline | baseline, ms | ours, ms | baseline over ours | of peak | extra MB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     cases: dict[tuple, list[dict]] = {}
     for row in r["rows"]:
-        cases.setdefault((row["table"], row["case"], row["words"], row["dtype"]), []).append(row)
-    for (table, _, words, dtype), rows in cases.items():
-        ours = next((row for row in rows if row["name"] == "ours" and "median_ms" in row), None)
-        base = next((row for row in rows if row["kind"] == "baseline" and "median_ms" in row), None)
-        if ours is None or base is None:
-            continue
-        extra = ours.get("extra_bytes")
-        peak = f"{ours['of_peak']:.0%}" if "of_peak" in ours else f"{ours['of_copy']:.0%} of copy"
-        lines.append(
-            f"| {table} | {words.split(', ours moves')[0]} | {dtype} | {base['name']} | {ours['median_ms']:.4g} "
-            f"| {base['median_ms']:.4g} | {ours['times_baseline']:.2f} | {peak} "
-            f"| {'' if extra is None else f'{extra / 2**20:.0f}'} |"
-        )
+        if "median_ms" in row:
+            cases.setdefault((row["table"], row["case"], row["words"], row["dtype"]), []).append(row)
+    for key in _longest(list(cases)):
+        lines += _ops_row(key, cases[key])
+    for (table, case, _, dtype), rows in cases.items():
+        lines += _int8(case, dtype, rows) if "forward" in table and case.startswith("fixed") else []
     for dtype, g in r["growth"].items():
         if g["fit"]:
             last = g["points"][-1]
             ratio = (
-                f"; at R={last['R']} dense attention takes {last['dense'] / last[g['fit_of']]:.0f}x"
+                f" At R={last['R']} dense attention takes {last['dense'] / last[g['fit_of']]:.0f}x."
                 if "dense" in last
                 else ""
             )
             lines += [
                 "",
-                f"Growth over reference length, {dtype}: a straight line with R² = {g['fit']['r2']:.4f}{ratio}.",
+                f"Growth over reference length, {dtype}: a straight line fits with R² = {g['fit']['r2']:.4f}.{ratio}",
             ]
     for dtype, t in r["two_threads"].items():
-        lines += ["", f"Two threads, {dtype}: {t['speedup']:.2f}x one (wall time; load at the start {m['load']:.1f})."]
+        said = (
+            f"{t['speedup']:.2f}x one"
+            if t["load"] < 0.5
+            else f"not measured, the machine was busy (load {t['load']:.1f})"
+        )
+        lines += ["", f"Two threads, {dtype}: {said}."]
     picture = RESULTS / ("ops-growth.png" if m["device"] == "cpu" else "ops-growth-gpu.png")
     if picture.exists():
         lines += ["", f"![Time of a step over reference length]({picture.relative_to(ROOT).as_posix()})"]
     return lines
+
+
+def _longest(keys: list[tuple]) -> list[tuple]:
+    """Of a preset's cases with "<preset> <seconds> s" names, the one with the longest reference; all others."""
+    longest: dict[tuple, float] = {}
+    for table, case, _, dtype in keys:
+        preset, _, rest = case.partition(" ")
+        if rest.endswith(" s"):
+            seen = longest.get((table, preset, dtype), 0.0)
+            longest[table, preset, dtype] = max(seen, float(rest[:-2]))
+    return [
+        k for k in keys
+        if not k[1].endswith(" s") or float(k[1].split()[1]) == longest[k[0], k[1].split()[0], k[3]]
+    ]  # fmt: skip
+
+
+def _ops_row(key: tuple, rows: list[dict]) -> list[str]:
+    table, case, words, dtype = key
+    ours = [x for x in rows if x["name"] in ("ours", "ours, reference packed")]
+    base = next((x for x in rows if x["kind"] == "baseline"), None)
+    if not ours or base is None:
+        return []
+
+    def each(form: str, name: str) -> str:
+        return " / ".join(format(x[name], form) for x in ours if x.get(name) is not None)
+
+    share = each(".0%", "of_peak") or f"{each('.0%', 'of_copy')} of copy"
+    extra = " / ".join(f"{x['extra_bytes'] / 2**20:.0f}" for x in ours if x.get("extra_bytes") is not None)
+    title = f"{case}: {words}" if case.endswith(" s") else words
+    return [
+        f"| {table} | {title} | {dtype} | {base['name']} | {base['median_ms']:.4g} | {each('.4g', 'median_ms')} "
+        f"| {each('.2f', 'times_baseline')} | {share} | {extra} |"
+    ]
+
+
+def _int8(case: str, dtype: str, rows: list[dict]) -> list[str]:
+    by_name = {x["name"]: x for x in rows}
+    row, plain = by_name.get("ours, reference packed as int8"), by_name.get("ours")
+    if row is None or plain is None:
+        return []
+    size = f"{row['reference_bytes_over_plain']:.0%} of the bytes, {row['median_ms']:.4g} ms"
+    error = f"largest error {row['error']:.1e} (plain {plain['error']:.1e})"
+    return ["", f"int8 reference, {case}, {dtype}: {size}, {error}."]
 
 
 def section() -> str:

@@ -222,6 +222,11 @@ def test_report_and_plot_of_a_document(quick, tmp_path, monkeypatch):
     assert "](ops-growth.png)" in report.section()
 
 
+def test_report_shows_each_preset_once():
+    keys = [("t", case, "w", "bf16") for case in ("fixed d=64", "tiny 1 s", "tiny 120 s", "wan_1_3b 10 s", "R=512")]
+    assert [k[1] for k in report._longest(keys)] == ["fixed d=64", "tiny 120 s", "wan_1_3b 10 s", "R=512"]
+
+
 def test_plot_without_matplotlib_is_one_sentence(quick, tmp_path, monkeypatch):
     from bench import plot
 
