@@ -33,6 +33,7 @@ from avatar_rt.pipeline.denoise import ChunkState, Conditions, Scene, denoise_ch
 from avatar_rt.pipeline.reference import ReferenceCache, ReferenceContext, encode_reference, read_reference, to_video
 from avatar_rt.pipeline.schedule import make_schedule
 from avatar_rt.runtime.manifest import open_bundle, shipped_bundle
+from avatar_rt.runtime.trace import stage
 from avatar_rt.scene.image import blank_head, latent_mask
 
 Path_ = str | os.PathLike[str]
@@ -124,6 +125,7 @@ class AvatarEngine:
         return Scene(latent, mask[None, None, None])
 
     @torch.inference_mode()
+    @stage("reference")
     def prepare(
         self, video: Path_ | np.ndarray, *, sound: np.ndarray | None = None, cropped: bool = False
     ) -> Reference:
@@ -206,7 +208,8 @@ class AvatarEngine:
         with VideoWriter(output, size, FPS, audio=(sound.original, sound.original_rate)) as writer:
             progress(0, total)
             for frames in session.frames():
-                writer.write(frames)
+                with stage("write"):
+                    writer.write(frames)
                 done += len(frames)
                 progress(done, total)
         return output
@@ -277,7 +280,8 @@ class Session:
             needed = (last + 1) * SAMPLES_PER_FRAME + engine.speech.context[1]
             if len(self._samples) < needed and not self._ended:
                 return
-            audio = engine.speech(self._window(first, last), has_context=True)
+            with stage("speech"):
+                audio = engine.speech(self._window(first, last), has_context=True)
             given = Conditions(self.scene, audio, self.text, self.empty_text)
             result = denoise_chunk(
                 engine.dit, cfg, self.schedule, plan, state, self._reference, given, self._cancelled.is_set

@@ -73,12 +73,111 @@ def _clips(data: dict) -> list[str]:
     ]
 
 
+def ops_results() -> list[Path]:
+    """Stored runs of ``python -m bench.ops``, one per machine, CPUs first."""
+    found = [(json.loads(p.read_text())["machine"]["device"] != "cpu", p) for p in sorted(RESULTS.glob("ops-*.json"))]
+    return [p for _, p in sorted(found)]
+
+
+def _ops(data: dict) -> list[str]:
+    """One machine's table: ours against the baseline of each case, ratios of medians."""
+    r, m = data["result"], data["machine"]
+    where = f"{r['threads']} thread(s), {r['clock']}" if m["device"] == "cpu" else r["clock"]
+    rates = ", ".join(
+        f"{k.replace('_', ' ')} {v / 1e9:.0f} {'GB/s' if k == 'copy' else 'GFLOP/s'}" for k, v in r["ceilings"].items()
+    )
+    lines = [
+        "",
+        f"Speed of the ops on {m['name']} (`python -m bench.ops`; {where}, torch {m['torch']}, commit {m['commit']}).",
+        f"Measured ceilings: {rates}. After a slash: with the reference packed beforehand.",
+        "",
+        "| op | case | dtype | baseline | baseline, ms | ours, ms | baseline over ours | of peak | extra MB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    cases: dict[tuple, list[dict]] = {}
+    for row in r["rows"]:
+        if "median_ms" in row:
+            cases.setdefault((row["table"], row["case"], row["words"], row["dtype"]), []).append(row)
+    for key in _longest(list(cases)):
+        lines += _ops_row(key, cases[key])
+    for (table, case, _, dtype), rows in cases.items():
+        lines += _int8(case, dtype, rows) if "forward" in table and case.startswith("fixed") else []
+    for dtype, g in r["growth"].items():
+        if g["fit"]:
+            last = g["points"][-1]
+            ratio = (
+                f" At R={last['R']} dense attention takes {last['dense'] / last[g['fit_of']]:.0f}x."
+                if "dense" in last
+                else ""
+            )
+            lines += [
+                "",
+                f"Growth over reference length, {dtype}: a straight line fits with R² = {g['fit']['r2']:.4f}.{ratio}",
+            ]
+    for dtype, t in r["two_threads"].items():
+        said = (
+            f"{t['speedup']:.2f}x one"
+            if t["load"] < 0.5
+            else f"not measured, the machine was busy (load {t['load']:.1f})"
+        )
+        lines += ["", f"Two threads, {dtype}: {said}."]
+    picture = RESULTS / ("ops-growth.png" if m["device"] == "cpu" else "ops-growth-gpu.png")
+    if picture.exists():
+        lines += ["", f"![Time of a step over reference length]({picture.relative_to(ROOT).as_posix()})"]
+    return lines
+
+
+def _longest(keys: list[tuple]) -> list[tuple]:
+    """Of a preset's cases with "<preset> <seconds> s" names, the one with the longest reference; all others."""
+    longest: dict[tuple, float] = {}
+    for table, case, _, dtype in keys:
+        preset, _, rest = case.partition(" ")
+        if rest.endswith(" s"):
+            seen = longest.get((table, preset, dtype), 0.0)
+            longest[table, preset, dtype] = max(seen, float(rest[:-2]))
+    return [
+        k for k in keys
+        if not k[1].endswith(" s") or float(k[1].split()[1]) == longest[k[0], k[1].split()[0], k[3]]
+    ]  # fmt: skip
+
+
+def _ops_row(key: tuple, rows: list[dict]) -> list[str]:
+    table, case, words, dtype = key
+    ours = [x for x in rows if x["name"] in ("ours", "ours, reference packed")]
+    base = next((x for x in rows if x["kind"] == "baseline"), None)
+    if not ours or base is None:
+        return []
+
+    def each(form: str, name: str) -> str:
+        return " / ".join(format(x[name], form) for x in ours if x.get(name) is not None)
+
+    share = each(".0%", "of_peak") or f"{each('.0%', 'of_copy')} of copy"
+    extra = " / ".join(f"{x['extra_bytes'] / 2**20:.0f}" for x in ours if x.get("extra_bytes") is not None)
+    title = f"{case}: {words}" if case.endswith(" s") else words
+    return [
+        f"| {table} | {title} | {dtype} | {base['name']} | {base['median_ms']:.4g} | {each('.4g', 'median_ms')} "
+        f"| {each('.2f', 'times_baseline')} | {share} | {extra} |"
+    ]
+
+
+def _int8(case: str, dtype: str, rows: list[dict]) -> list[str]:
+    by_name = {x["name"]: x for x in rows}
+    row, plain = by_name.get("ours, reference packed as int8"), by_name.get("ours")
+    if row is None or plain is None:
+        return []
+    size = f"{row['reference_bytes_over_plain']:.0%} of the bytes, {row['median_ms']:.4g} ms"
+    error = f"largest error {row['error']:.1e} (plain {plain['error']:.1e})"
+    return ["", f"int8 reference, {case}, {dtype}: {size}, {error}."]
+
+
 def section() -> str:
     lines = []
     for name, words in (("cases", _cases), ("clips", _clips)):
         path = RESULTS / f"{name}.json"
         if path.exists():
             lines += words(json.loads(path.read_text()))
+    for path in ops_results():
+        lines += _ops(json.loads(path.read_text()))
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from avatar_rt.models.vae import VideoVAE
 from avatar_rt.pipeline.denoise import LatentChunk
+from avatar_rt.runtime.trace import stage
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class FrameChunk:
     start: int
 
 
+@stage("decode")
 def decode_chunk(
     vae: VideoVAE, chunk: LatentChunk, state: tuple[Tensor, ...] | None, scale: int = 1
 ) -> tuple[FrameChunk, tuple[Tensor, ...]]:

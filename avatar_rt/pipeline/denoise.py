@@ -14,6 +14,7 @@ from avatar_rt.config import AvatarConfig
 from avatar_rt.models.dit import VideoRefDiT, with_masks
 from avatar_rt.pipeline.reference import ReferenceCache
 from avatar_rt.pipeline.schedule import ChunkPlan, Schedule
+from avatar_rt.runtime.trace import stage
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Conditions:
     empty_text: Tensor
 
 
+@stage("denoise")
 def denoise_chunk(
     dit: VideoRefDiT,
     cfg: AvatarConfig,
@@ -92,11 +94,12 @@ def denoise_chunk(
         v, vm = torch.zeros_like(z), None if motion is None else torch.zeros_like(motion)
         for p in schedule.passes:
             ref = reference() if p.reference else None
-            dv, dm = dit(
-                latents, t_frames, given.text if p.text else given.empty_text, given.audio if p.audio else None,
-                anchor=anchor, anchor_t=torch.zeros(1, device=device), motion=motion,
-                ref_k=None if ref is None else ref.k, ref_v=None if ref is None else ref.v,
-            )  # fmt: skip
+            with stage("denoise.pass"):
+                dv, dm = dit(
+                    latents, t_frames, given.text if p.text else given.empty_text, given.audio if p.audio else None,
+                    anchor=anchor, anchor_t=torch.zeros(1, device=device), motion=motion,
+                    ref_k=None if ref is None else ref.k, ref_v=None if ref is None else ref.v,
+                )  # fmt: skip
             v = v + p.weight * dv
             vm = None if vm is None else vm + p.weight * dm
         z = torch.cat([z[:, :, :n], ops.flow_step(z[:, :, n:], v[:, :, n:], t, t_next)], dim=2)

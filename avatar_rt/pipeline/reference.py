@@ -15,6 +15,7 @@ from avatar_rt.models.dit import VideoRefDiT, with_masks
 from avatar_rt.models.motion import MotionEncoder, group_motion
 from avatar_rt.models.speech import SpeechEncoder
 from avatar_rt.models.vae import VideoVAE
+from avatar_rt.runtime.trace import stage
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def to_video(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
 
 
+@stage("reference.context")
 def read_reference(
     frames: np.ndarray,
     wave: np.ndarray | None,
@@ -93,6 +95,7 @@ def read_motion(video: Tensor, motion: MotionEncoder) -> Tensor:
     return group_motion(motion.read(pictures)[None].clamp(-5, 5))
 
 
+@stage("reference.cache")
 def encode_reference(dit: VideoRefDiT, context: ReferenceContext) -> ReferenceCache:
     """The reference's K/V in every block: depends on the context and the weights, on nothing else."""
     return ReferenceCache(*dit.encode_reference(context.latents, context.text, context.audio, context.motion))
