@@ -266,7 +266,7 @@ def test_who_runs_it():
     def reasons(x):
         return explain("attention_backward", x, None, x, x, x, None, None, x, lse, 1, 0, 1.0, 1.0, ALL)
 
-    assert reasons(x) == {"cpu": None, "reference": None}
+    assert reasons(x) == {"triton": "q is on cpu", "cpu": None, "reference": None}
     assert reasons(x.double())["cpu"] == "dtype float64 is neither float32 nor bfloat16"
     assert reasons(torch.zeros(1, 4, 2, 300))["cpu"] == "D=300 is above 256"
 
