@@ -21,7 +21,8 @@
 namespace avatar_rt::cpu {
 namespace {
 
-constexpr int kStrip = 24;  // keys whose scores are made and used up at a time, in the nearest cache
+constexpr int kRunOfGrad = kRun / 2;  // as kRun, where no forward pass is to be met
+constexpr int kStrip = 24;            // keys whose scores are made and used up at a time, in the nearest cache
 
 inline int up(int x, int multiple) {
     return (x + multiple - 1) / multiple * multiple;
@@ -109,11 +110,27 @@ struct Sizes {
           width(P::kDepth == 1 ? channels : up(head_dim, 16) / P::kDepth) {}
 };
 
+// exp2_lanes with a polynomial of one degree more: its error goes into every gradient, with nothing to divide it out.
+template <class V>
+inline typename V::F exp2_exact(typename V::F x) {
+    const typename V::F rounding = V::set1(12582912.f + 127.f);
+    x = V::max(V::set1(-126.f), x);
+    const typename V::F n = V::add(x, rounding), f = V::sub(x, V::sub(n, rounding));
+    typename V::F p = V::set1(1.534581243e-04f);
+    p = V::fma(p, f, V::set1(1.339993090e-03f));
+    p = V::fma(p, f, V::set1(9.618489072e-03f));
+    p = V::fma(p, f, V::set1(5.550328642e-02f));
+    p = V::fma(p, f, V::set1(2.402264625e-01f));
+    p = V::fma(p, f, V::set1(6.931471825e-01f));
+    p = V::fma(p, f, V::set1(1.f));
+    return V::mul(p, V::exponent(n));
+}
+
 // p = 2^(s * scale - high - low). The LSE comes in two parts, because in powers of two its own rounding would be as
 // large as the products'; the factor is the forward pass's, so that what it rounded away is missing on both sides.
 template <class V>
 inline typename V::F weight_of(typename V::F s, typename V::F scale, typename V::F high, typename V::F low) {
-    return exp2_lanes<V>(V::sub(V::fmsub(s, scale, high), low));
+    return exp2_exact<V>(V::sub(V::fmsub(s, scale, high), low));
 }
 
 // A packed block of queries. Lanes and rows beyond the block's own are zero, which adds nothing to any sum.
@@ -142,23 +159,19 @@ size_t packed_bytes(int head_dim, int block_rows) {
     return Queries<P>(nullptr, head_dim, block_rows).size;
 }
 
-// sum_d a[d] * b[d] over an array of vectors, always in the same order.
-template <class V, class E>
-float dot_of_rows(const E* a, const E* b, int head_dim) {
-    alignas(64) float lanes[V::kWidth] = {}, x[V::kWidth], y[V::kWidth];
-    typename V::F sum = V::set1(0.f);
-    for (int d = 0; d < head_dim; d += V::kWidth) {
-        for (int i = 0; i < V::kWidth; ++i) {
-            const bool inside = d + i < head_dim;
-            x[i] = inside ? to_f32(a[d + i]) : 0.f;
-            y[i] = inside ? to_f32(b[d + i]) : 0.f;
+// delta = sum_d grad * out, in the very order in which dp is summed: where one key has all the weight, out is its value
+// row and dp - delta is exactly zero.
+template <class P>
+void sum_of_products(const typename P::Unit* grad, const typename P::Unit* out, int steps, int lanes, float* delta) {
+    using V = typename P::V;
+    constexpr int run = kRunOfGrad / P::kDepth;
+    for (int j = 0; j < lanes; j += V::kWidth)
+        for (int first = 0; first < steps; first += run) {
+            typename V::F sum = V::set1(0.f);
+            for (int t = first; t < steps && t < first + run; ++t)
+                sum = P::madd(P::lanes(out + t * lanes + j), P::lanes(grad + t * lanes + j), sum);
+            V::store(delta + j, first > 0 ? V::add(V::load(delta + j), sum) : sum);
         }
-        sum = V::fma(V::load(x), V::load(y), sum);
-    }
-    V::store(lanes, sum);
-    float total = 0;
-    for (float lane : lanes) total += lane;
-    return total;
 }
 
 template <class P>
@@ -174,13 +187,12 @@ void pack(const QueryPackJob& job) {
         const double lse = inside ? job.lse[r] * 1.4426950408889634 : 0;
         to.lse[r] = static_cast<float>(lse);
         to.lse_low[r] = static_cast<float>(lse - to.lse[r]);
-        to.delta[r] = 0;
-        if (!inside) continue;
-        to.delta[r] = dot_of_rows<typename P::V>(grad + r * job.grad_stride, out + r * job.out_stride, job.head_dim);
-        if (job.grad_lse) to.delta[r] -= job.grad_lse[r];
     }
-    P::turn(q, job.q_stride, job.rows, lanes, job.head_dim, to.turned_q);
     P::turn(grad, job.grad_stride, job.rows, lanes, job.head_dim, to.turned_grad);
+    P::turn(out, job.out_stride, job.rows, lanes, job.head_dim, to.turned_q);  // until q takes its place
+    sum_of_products<P>(to.turned_grad, to.turned_q, sizes.steps, lanes, to.delta);
+    for (int r = 0; job.grad_lse && r < job.rows; ++r) to.delta[r] -= job.grad_lse[r];
+    P::turn(q, job.q_stride, job.rows, lanes, job.head_dim, to.turned_q);
     P::deepen(q, job.q_stride, job.rows, lanes, job.head_dim, sizes.channels, to.q);
     P::deepen(grad, job.grad_stride, job.rows, lanes, job.head_dim, sizes.channels, to.grad);
 }
@@ -214,15 +226,14 @@ size_t key_scratch_bytes(int head_dim) {
     return KeyScratch<P>(nullptr, head_dim).size;
 }
 
-// A strip of scores, in runs of 64 channels: a long sum is as exact as the short ones it is made of.
+// A strip of scores or of dp, in runs of `run` steps.
 template <class P>
-void scores(const typename P::Unit* a, const Sizes<P>& sizes, int rows, const typename P::Unit* turned, int vectors,
-            float* to) {
-    constexpr int kRun = 64 / P::kDepth;
+void scores(int run, const typename P::Unit* a, const Sizes<P>& sizes, int rows, const typename P::Unit* turned,
+            int vectors, float* to) {
     const int lanes = vectors * P::V::kWidth;
-    for (int t = 0; t < sizes.steps; t += kRun)
+    for (int t = 0; t < sizes.steps; t += run)
         product<P, true>(a + t, sizes.width, rows, turned + t * lanes, lanes, vectors,
-                         sizes.steps - t < kRun ? sizes.steps - t : kRun, to, lanes, t > 0);
+                         sizes.steps - t < run ? sizes.steps - t : run, to, lanes, t > 0);
 }
 
 // p and ds of a block of keys against a block of queries, a strip of keys at a time.
@@ -232,8 +243,8 @@ void weigh(const KeyBlockJob& job, const Queries<P>& queries, int lanes, const K
     const int vectors = lanes / P::V::kWidth, rows = up(job.rows, 2);
     for (int at = 0; at < rows; at += kStrip) {
         const int strip = rows - at < kStrip ? rows - at : kStrip;
-        scores<P>(to.k + at * sizes.width, sizes, strip, queries.turned_q, vectors, to.s);
-        scores<P>(to.v + at * sizes.width, sizes, strip, queries.turned_grad, vectors, to.dp);
+        scores<P>(kRun / P::kDepth, to.k + at * sizes.width, sizes, strip, queries.turned_q, vectors, to.s);
+        scores<P>(kRunOfGrad / P::kDepth, to.v + at * sizes.width, sizes, strip, queries.turned_grad, vectors, to.dp);
         const int own = job.rows - at < strip ? job.rows - at : strip;
         P::weigh(to.s, to.dp, own, lanes, job.scale_log2, job.bias_log2, queries, to.p + at * lanes / P::kDepth,
                  to.ds + at * lanes / P::kDepth, to.deep_ds + at / P::kDepth * lanes);

@@ -10,22 +10,27 @@ namespace {
 template <class V, int NV, int M>
 void score_rows(const float* k, int64_t stride, const float* q, int head_dim, float* scores, typename V::F* peak) {
     using F = typename V::F;
-    F acc[M][NV];
-    for (int m = 0; m < M; ++m)
-        for (int j = 0; j < NV; ++j) acc[m][j] = V::set1(0.f);
-    for (int d = 0; d < head_dim; ++d, q += NV * V::kWidth) {
-        F x[NV];
-        for (int j = 0; j < NV; ++j) x[j] = V::load(q + j * V::kWidth);
-        for (int m = 0; m < M; ++m) {
-            const F key = V::set1(k[m * stride + d]);
-            for (int j = 0; j < NV; ++j) acc[m][j] = V::fma(key, x[j], acc[m][j]);
+    for (int first = 0; first < head_dim; first += kRun) {
+        const int end = head_dim - first < kRun ? head_dim : first + kRun;
+        F acc[M][NV];
+        for (int m = 0; m < M; ++m)
+            for (int j = 0; j < NV; ++j) acc[m][j] = V::set1(0.f);
+        for (int d = first; d < end; ++d, q += NV * V::kWidth) {
+            F x[NV];
+            for (int j = 0; j < NV; ++j) x[j] = V::load(q + j * V::kWidth);
+            for (int m = 0; m < M; ++m) {
+                const F key = V::set1(k[m * stride + d]);
+                for (int j = 0; j < NV; ++j) acc[m][j] = V::fma(key, x[j], acc[m][j]);
+            }
         }
+        for (int m = 0; m < M; ++m)
+            for (int j = 0; j < NV; ++j) {
+                float* to = scores + (m * NV + j) * V::kWidth;
+                if (first > 0) acc[m][j] = V::add(V::load(to), acc[m][j]);
+                V::store(to, acc[m][j]);
+                if (end == head_dim) peak[j] = V::max(acc[m][j], peak[j]);
+            }
     }
-    for (int m = 0; m < M; ++m)
-        for (int j = 0; j < NV; ++j) {
-            V::store(scores + (m * NV + j) * V::kWidth, acc[m][j]);
-            peak[j] = V::max(acc[m][j], peak[j]);
-        }
 }
 
 // One register tile of outputs: M channels of NV vectors of queries, summed over a block's keys from zero.
