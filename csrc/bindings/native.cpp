@@ -43,4 +43,5 @@ PYBIND11_MODULE(_native, m) {
         "Instruction sets that this build contains and this machine runs, worst first.");
     bindings::bind_attention(m);
     bindings::bind_flow(m);
+    bindings::bind_cuda_attention(m);
 }
