@@ -94,7 +94,7 @@ void run(const AttentionArgs& a) {
     const Sources from{source_of(a.q), source_of(a.k), source_of(a.v), source_of(a.ref_k), source_of(a.ref_v)};
     each_place<Tile>(a, [&](const Place& at) {
         Block<Tile> block;
-        attend_sm80<T, Tile>(block, p, from, at);
+        attend_sm80<T, Tile>(block, p, from, at, 0);
     });
 }
 

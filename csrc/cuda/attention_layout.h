@@ -22,6 +22,13 @@ AVATAR_RT_DEVICE uint32_t swizzled(int row, int chunk) {
     return row * kRowBytes + ((chunk ^ (row % 8)) * 16);
 }
 
+// Chunk `chunk` (0 or 1) of the d-th 16 elements of a row of a tile at `tile`, a multiple of the row: chunk 2 * d + chunk,
+// written so that no register has to keep an offset per d.
+template <int kRowBytes>
+AVATAR_RT_DEVICE uint32_t step_of(uint32_t tile, int row, int chunk, int d) {
+    return (tile + swizzled<kRowBytes>(row, chunk)) ^ (32 * d);
+}
+
 // ldmatrix.x4 takes from lane i the address of row i % 8 of its matrix i / 8; these give row and chunk of 8 elements.
 // A operand (and, transposed, B of V): matrices are (rows 0-7, k 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15).
 AVATAR_RT_DEVICE int a_row(int lane) {

@@ -65,14 +65,16 @@ AVATAR_RT_DEVICE void finish(Team& team, const Problem& p, const Place& at) {
 template <class Tile, int kRows, class Team>
 AVATAR_RT_DEVICE void copy_rows(Team& team, uint32_t to, const Source& from, const Place& at, int32_t begin,
                                 int32_t rows) {
-    constexpr int kChunks = Tile::kRowBytes / 16;
-    const unsigned char* data = from.data + at.batch * from.batch_stride + at.head * from.head_stride;
+    constexpr int kChunks = Tile::kRowBytes / 16, kStep = Tile::kThreads / kChunks;
+    static_assert(kStep % 8 == 0 && kRows % kStep == 0, "a thread keeps its chunk's place in the swizzle");
     team.each([&](RegistersOf<Tile>&, int thread) {
-        unrolled<kRows * kChunks / Tile::kThreads>([&](int i) {
-            const int piece = i * Tile::kThreads + thread, row = piece / kChunks, chunk = piece % kChunks;
-            const bool exists = begin + row < rows;
-            const int64_t offset = exists ? (begin + row) * from.row_stride + 16 * chunk : 0;
-            team.copy16(to + swizzled<Tile::kRowBytes>(row, chunk), data + offset, exists);
+        const int row = thread / kChunks, chunk = thread % kChunks;
+        const uint32_t place = to + swizzled<Tile::kRowBytes>(row, chunk);
+        const unsigned char* data = from.data + at.batch * from.batch_stride + at.head * from.head_stride +
+                                    (begin + row) * from.row_stride + 16 * chunk;
+        unrolled<kRows / kStep>([&](int i) {
+            team.copy16(place + i * kStep * Tile::kRowBytes, data, begin + row + i * kStep < rows);
+            data += kStep * from.row_stride;
         });
     });
 }
@@ -87,19 +89,19 @@ AVATAR_RT_DEVICE void multiply_keys(Team& team, uint32_t q, uint32_t k) {
             unrolled<Tile::kKeys / 8>([&](int j) { unrolled<4>([&](int i) { t.score[r][j][i] = 0; }); });
         });
     });
-    unrolled<Tile::kDim / 16>([&](int d) {
+    unrolled_by<Tile::kDim / 16, 4>([&](int d) {
         unrolled<Tile::kRowTiles>([&](int r) {
             team.ldmatrix([&](R& t) { return t.a[r]; },
                           [&](int thread) {
                               const int row = 16 * (thread / 32 * Tile::kRowTiles + r) + a_row(thread % 32);
-                              return q + swizzled<kBytes>(row, 2 * d + a_chunk(thread % 32));
+                              return step_of<kBytes>(q, row, a_chunk(thread % 32), d);
                           });
         });
         unrolled<Tile::kKeys / 16>([&](int j) {
             team.ldmatrix([&](R& t) { return t.b; },
                           [&](int thread) {
                               const int row = 16 * j + b_row(thread % 32);
-                              return k + swizzled<kBytes>(row, 2 * d + b_chunk(thread % 32));
+                              return step_of<kBytes>(k, row, b_chunk(thread % 32), d);
                           });
             unrolled<Tile::kRowTiles>([&](int r) {
                 unrolled<2>([&](int half) {
@@ -120,7 +122,7 @@ AVATAR_RT_DEVICE void multiply_values(Team& team, uint32_t v) {
             team.ldmatrix_transposed([&](R& t) { return t.b; },
                                      [&](int thread) {
                                          const int row = 16 * k + a_row(thread % 32);
-                                         return v + swizzled<Tile::kRowBytes>(row, 2 * d + a_chunk(thread % 32));
+                                         return step_of<Tile::kRowBytes>(v, row, a_chunk(thread % 32), d);
                                      });
             unrolled<Tile::kRowTiles>([&](int r) {
                 unrolled<2>([&](int half) {
@@ -133,41 +135,42 @@ AVATAR_RT_DEVICE void multiply_values(Team& team, uint32_t v) {
 }
 
 template <class T, class Tile, class Team>
-AVATAR_RT_DEVICE void attend_sm80(Team& team, const Problem& p, const Sources& from, const Place& at) {
+AVATAR_RT_DEVICE void attend_sm80(Team& team, const Problem& p, const Sources& from, const Place& at,
+                                  uint32_t shared) {
     using R = RegistersOf<Tile>;
     const KeyWalk<Tile::kKeys> walk(p, at.query, Tile::kQueries);
     const int32_t tiles = walk.count();
-    const auto slot = [](int32_t load) -> uint32_t {
-        return Tile::kQueryBytes + load % Tile::kSlots * Tile::kSlotBytes;
-    };
+    const auto address = [&](int32_t slot) -> uint32_t { return shared + Tile::kQueryBytes + slot * Tile::kSlotBytes; };
     // Loads are K of tile 0, V of tile 0, K of tile 1 .. ; each is a group, an empty one past the end.
-    const auto load = [&](int32_t i) {
+    const auto load = [&](int32_t i, int32_t slot) {
         if (i < 2 * tiles) {
             const KeyTile tile = walk[i / 2];
             const Source& source = tile.reference ? (i % 2 ? from.ref_v : from.ref_k) : (i % 2 ? from.v : from.k);
-            copy_rows<Tile, Tile::kKeys>(team, slot(i), source, at, tile.begin, tile.reference ? p.reference : p.fresh);
+            copy_rows<Tile, Tile::kKeys>(team, address(slot), source, at, tile.begin,
+                                         tile.reference ? p.reference : p.fresh);
         }
         team.commit();
     };
-    // After this, load i is in its slot and everybody is done with load i - 1, whose slot the next one takes.
-    const auto arrive = [&](int32_t i) {
+    int32_t last = Tile::kSlots - 1;  // the slot of the load that was used up last
+    // After this, load i has arrived and everybody is done with load i - 1, whose slot is filled again. Its address.
+    const auto arrive = [&](int32_t i) -> uint32_t {
         team.template wait_copies<Tile::kSlots - 2>();
         team.sync();
-        load(i + Tile::kSlots - 1);
+        load(i + Tile::kSlots - 1, last);
+        last = last + 1 == Tile::kSlots ? 0 : last + 1;
+        return address(last);
     };
-    copy_rows<Tile, Tile::kQueries>(team, 0, from.q, at, at.query, p.queries);
-    for (int32_t i = 0; i < Tile::kSlots - 1; ++i) load(i);
+    copy_rows<Tile, Tile::kQueries>(team, shared, from.q, at, at.query, p.queries);
+    for (int32_t i = 0; i < Tile::kSlots - 1; ++i) load(i, i);
     team.each([](R& t, int) { t.clear(); });
     for (int32_t j = 0; j < tiles; ++j) {
-        arrive(2 * j);
-        multiply_keys<T, Tile>(team, 0, slot(2 * j));
+        multiply_keys<T, Tile>(team, shared, arrive(2 * j));
         softmax<Tile>(team, p, walk[j], at);
         team.each([](R& t, int) {
             t.rescale();
             t.template pack<T>();
         });
-        arrive(2 * j + 1);
-        multiply_values<T, Tile>(team, slot(2 * j + 1));
+        multiply_values<T, Tile>(team, arrive(2 * j + 1));
     }
     finish<T, Tile>(team, p, at);
 }

@@ -26,6 +26,15 @@ AVATAR_RT_DEVICE void unrolled(F&& f) {
     for (int i = 0; i < kCount; ++i) f(i);
 }
 
+// The same, `kStep` at a time in a loop: for indices that no register depends on, where unrolling all costs registers.
+template <int kCount, int kStep, class F>
+AVATAR_RT_DEVICE void unrolled_by(F&& f) {
+#ifdef __CUDACC__
+#pragma unroll kStep
+#endif
+    for (int i = 0; i < kCount; ++i) f(i);
+}
+
 AVATAR_RT_DEVICE uint32_t bits_of(float x) {
 #ifdef __CUDA_ARCH__
     return __float_as_uint(x);
