@@ -300,7 +300,7 @@ def row(rows=4, heads=2, dim=8, dtype=torch.float32):
         ),
         (
             lambda: force("sparse_reference_attention", "magic").__enter__(),
-            "expected an implementation out of cpu, ref",
+            "expected an implementation out of cuda, cpu, ref",
         ),
         (lambda: explain("sparse"), "op: expected one of"),
     ],
@@ -317,6 +317,7 @@ def test_refusals_are_listed():
         sparse_reference_attention(wide, wide, wide)
     assert str(caught.value).split("\n") == [
         "sparse_reference_attention: no implementation can run this call",
+        "  cuda: q is on cpu",
         "  cpu: dtype float64 is neither float32 nor bfloat16",
         "  reference: runs only when forced",
     ]
@@ -324,7 +325,8 @@ def test_refusals_are_listed():
     with pytest.raises(UnsupportedError, match="cpu: D=300 is above 256"):
         local_temporal_attention(big, big, big, num_frames=1, radius=0)
     x = row()
-    assert explain(OPS[0], x, x, x, None, None, 1.0) == {"cpu": None, "reference": "runs only when forced"}
+    want = {"cuda": "q is on cpu", "cpu": None, "reference": "runs only when forced"}
+    assert explain(OPS[0], x, x, x, None, None, 1.0) == want
     with force(OPS[0], "reference"):
         assert explain(OPS[0], x, x, x, None, None, 1.0) == {"cpu": "reference is forced", "reference": None}
         assert sparse_reference_attention(wide, wide, wide).dtype == torch.float64

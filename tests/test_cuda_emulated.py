@@ -14,7 +14,7 @@ from tolerance import assert_accurate, doubled
 from torch import Tensor
 
 from avatar_rt.errors import InputError
-from avatar_rt.ops import _cuda, _load, explain
+from avatar_rt.ops import _cuda, _load
 
 NATIVE = _load.native()[0]
 KERNELS = ("sm80", "sm90")
@@ -167,7 +167,9 @@ def test_a_band_is_the_same_whatever_its_neighbours_see(kernel):
     q, k, v, ref_k, ref_v = inputs((1, 150, 150, 70, 1, 64), torch.bfloat16)
     banded, banded_lse = _cuda.attention_emulated(q, k, v, ref_k, ref_v, 15, 0, 0.125, kernel=kernel)
     own = slice(0, 10)
-    alone, alone_lse = _cuda.attention_emulated(q[:, own], k[:, own], v[:, own], ref_k, ref_v, 1, 0, 0.125, kernel=kernel)
+    alone, alone_lse = _cuda.attention_emulated(
+        q[:, own], k[:, own], v[:, own], ref_k, ref_v, 1, 0, 0.125, kernel=kernel
+    )
     assert torch.equal(banded[:, own], alone)
     assert torch.equal(banded_lse[..., own], alone_lse)
 

@@ -1,5 +1,7 @@
 """The CUDA kernels as implementations: when they refuse, and how they are launched on torch's stream."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -22,8 +24,13 @@ def refuses_attention(
     for name, x in (("q", q), ("k", k), ("v", v), ("ref_k", ref_k), ("ref_v", ref_v)):
         if x is not None and not _sixteen(x):
             return f"{name} does not lie at multiples of 16 bytes (strides {list(x.stride())})"
+    return _device_refuses(q.device.index or 0)
+
+
+@functools.cache
+def _device_refuses(index: int) -> str | None:
     module, reason = _load.native()
-    return reason if module is None else module.cuda_attention_refusal(q.device.index or 0) or None
+    return reason if module is None else module.cuda_attention_refusal(index) or None
 
 
 def _sixteen(x: Tensor) -> bool:

@@ -73,7 +73,12 @@ void attention(const TensorArg& q, const Tensors& k, const Tensors& v, const Ten
     const cuda::AttentionArgs args = args_of(q, k, v, ref_k, ref_v, out, lse, scale, num_frames, radius, strength);
     check(args);
     const int status = cuda::attention(args, reinterpret_cast<void*>(stream));
-    if (status != 0) throw std::runtime_error("attention: CUDA error " + std::to_string(status));
+    if (status == 0) return;
+    const std::string reason = cuda::attention_refusal(0);
+    if (reason.empty()) throw std::runtime_error("attention: CUDA error " + std::to_string(status));
+    PyErr_SetString(py::module_::import("avatar_rt.errors").attr("UnsupportedError").ptr(),
+                    ("attention: " + reason).c_str());
+    throw py::error_already_set();
 }
 #endif
 

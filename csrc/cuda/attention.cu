@@ -47,8 +47,9 @@ std::string attention_refusal(int device) {
     if (status == cudaErrorNoDevice) return "no CUDA device is visible";
     if (status == cudaSuccess) status = capability_of(device, &capability);
     if (status != cudaSuccess) return std::string("CUDA says: ") + cudaGetErrorString(status);
-    if (capability < 80) return "compute capability " + std::to_string(capability / 10) + "." +
-                                std::to_string(capability % 10) + " is below 8.0";
+    if (capability < 80)
+        return "compute capability " + std::to_string(capability / 10) + "." + std::to_string(capability % 10) +
+               " is below 8.0";
     return "";
 }
 

@@ -35,8 +35,7 @@ std::string attention_faults(const AttentionArgs& a) {
     if (!(a.scale > 0) || std::isinf(a.scale)) return "scale: expected a finite number above 0, got " + plain(a.scale);
     if (!(a.strength >= 0) || std::isinf(a.strength))
         return "strength: expected a finite number of 0 or more, got " + plain(a.strength);
-    if (a.k.rows != a.v.rows)
-        return "v: expected S=" + std::to_string(a.k.rows) + ", got " + std::to_string(a.v.rows);
+    if (a.k.rows != a.v.rows) return "v: expected S=" + std::to_string(a.k.rows) + ", got " + std::to_string(a.v.rows);
     if (a.ref_k.rows != a.ref_v.rows)
         return "ref_v: expected R=" + std::to_string(a.ref_k.rows) + ", got " + std::to_string(a.ref_v.rows);
     if (a.k.rows == 0 && (a.ref_k.rows == 0 || a.strength == 0))

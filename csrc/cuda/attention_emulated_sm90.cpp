@@ -60,7 +60,8 @@ class Warpgroup {
         reduce_quads(registers_, value, [](float a, float b) { return a + b; });
     }
 
-    void begin_products() { products_.emplace_back(); }
+    void begin_scores() { products_.emplace_back(); }
+    void begin_values() { products_.emplace_back(); }
     void end_products() {}
     template <class T>
     void score_product(uint64_t a, uint64_t b, bool add) {

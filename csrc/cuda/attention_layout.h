@@ -16,14 +16,15 @@ AVATAR_RT_DEVICE int column_of(int lane, int i) {
     return 2 * (lane % 4) + i % 2;
 }
 
-// --- sm_80: rows of head_dim elements, 16-byte chunks exchanged within a row so that ldmatrix meets no bank twice -----
+// --- sm_80: rows of head_dim elements, 16-byte chunks exchanged within a row so that ldmatrix meets no bank twice
+// -----
 template <int kRowBytes>
 AVATAR_RT_DEVICE uint32_t swizzled(int row, int chunk) {
     return row * kRowBytes + ((chunk ^ (row % 8)) * 16);
 }
 
-// Chunk `chunk` (0 or 1) of the d-th 16 elements of a row of a tile at `tile`, a multiple of the row: chunk 2 * d + chunk,
-// written so that no register has to keep an offset per d.
+// Chunk `chunk` (0 or 1) of the d-th 16 elements of a row of a tile at `tile`, a multiple of the row: chunk 2 * d +
+// chunk, written so that no register has to keep an offset per d.
 template <int kRowBytes>
 AVATAR_RT_DEVICE uint32_t step_of(uint32_t tile, int row, int chunk, int d) {
     return (tile + swizzled<kRowBytes>(row, chunk)) ^ (32 * d);
@@ -45,8 +46,8 @@ AVATAR_RT_DEVICE int b_chunk(int lane) {
     return lane / 8 % 2;
 }
 
-// --- sm_90: panels of rows of 128 bytes, as the bulk tensor copy writes and wgmma reads them with the 128-byte swizzle -
-// Bits 4-6 of a shared address are xor-ed with its bits 7-9; panels start at multiples of 1024 bytes.
+// --- sm_90: panels of rows of 128 bytes, as the bulk tensor copy writes and wgmma reads them with the 128-byte swizzle
+// - Bits 4-6 of a shared address are xor-ed with its bits 7-9; panels start at multiples of 1024 bytes.
 AVATAR_RT_DEVICE uint32_t swizzle128(uint32_t address) {
     return address ^ (address >> 3 & 0x70);
 }

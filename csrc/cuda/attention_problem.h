@@ -67,7 +67,7 @@ struct TileSm90 {
     static constexpr int kPanels = kDim / kPanel;
     static constexpr int kKeyPanelBytes = kKeys * 2 * kPanel, kQueryPanelBytes = kQueries * 2 * kPanel;
     static constexpr int kSlotBytes = kPanels * kKeyPanelBytes;
-    static constexpr int kSlots = kDim == 64 ? 8 : 5;
+    static constexpr int kSlots = kDim == 64 ? 8 : 6;
     static constexpr int kQueryBytes = kPanels * kQueryPanelBytes;
     static constexpr int kSlotOffset = kQueryBytes;
     static constexpr int kBarrierOffset = kSlotOffset + kSlots * kSlotBytes;  // query, full[slot], empty[slot]

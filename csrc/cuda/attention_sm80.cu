@@ -35,9 +35,9 @@ struct Block : DeviceTeam<Tile> {
 };
 
 template <class T, int kDim>
-__global__ __launch_bounds__(TileSm80<kDim>::kThreads, 2) void attention_sm80_kernel(const __grid_constant__ Problem p,
-                                                                                      const __grid_constant__ Sources
-                                                                                          from) {
+__global__ __launch_bounds__(TileSm80<kDim>::kThreads,
+                             2) void attention_sm80_kernel(const __grid_constant__ Problem p,
+                                                           const __grid_constant__ Sources from) {
     using Tile = TileSm80<kDim>;
     extern __shared__ __align__(1024) unsigned char memory[];
     Block<Tile> block;
@@ -66,8 +66,7 @@ cudaError_t launch(const AttentionArgs& a, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_sm80(const AttentionArgs& a, cudaStream_t stream) {
-    if (a.dtype == DType::bf16)
-        return a.head_dim == 64 ? launch<Bf16, 64>(a, stream) : launch<Bf16, 128>(a, stream);
+    if (a.dtype == DType::bf16) return a.head_dim == 64 ? launch<Bf16, 64>(a, stream) : launch<Bf16, 128>(a, stream);
     return a.head_dim == 64 ? launch<Fp16, 64>(a, stream) : launch<Fp16, 128>(a, stream);
 }
 

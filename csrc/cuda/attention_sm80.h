@@ -42,24 +42,20 @@ template <class Tile, class Team>
 AVATAR_RT_DEVICE void softmax(Team& team, const Problem& p, const KeyTile& tile, const Place& at) {
     using R = RegistersOf<Tile>;
     const float bias = tile.reference ? p.bias : 0.0f;
-    if (tile.masked)
-        team.each([&](R& t, int thread) { t.mask(p, tile, query_of<Tile>(at, thread), thread % 32); });
+    if (tile.masked) team.each([&](R& t, int thread) { t.mask(p, tile, query_of<Tile>(at, thread), thread % 32); });
     team.each([](R& t, int) { t.find_peak(); });
-    unrolled<Tile::kRowTiles>([&](int r) {
-        unrolled<2>([&](int h) { team.quad_max([&](R& t) -> float& { return t.peak[r][h]; }); });
-    });
-    team.each([&](R& t, int) { t.template weigh<Tile::kPolynomialOf8>(p.scale, bias, tile.masked); });
+    unrolled<Tile::kRowTiles>(
+        [&](int r) { unrolled<2>([&](int h) { team.quad_max([&](R& t) -> float& { return t.peak[r][h]; }); }); });
+    team.each([&](R& t, int) { t.template weigh<Tile::kPolynomialOf8>(p.scale, bias); });
 }
 
 template <class T, class Tile, class Team>
 AVATAR_RT_DEVICE void finish(Team& team, const Problem& p, const Place& at) {
     using R = RegistersOf<Tile>;
-    unrolled<Tile::kRowTiles>([&](int r) {
-        unrolled<2>([&](int h) { team.quad_sum([&](R& t) -> float& { return t.sum[r][h]; }); });
-    });
-    team.each([&](R& t, int thread) {
-        t.template store<T>(p, query_of<Tile>(at, thread), thread % 32, at.head, at.batch);
-    });
+    unrolled<Tile::kRowTiles>(
+        [&](int r) { unrolled<2>([&](int h) { team.quad_sum([&](R& t) -> float& { return t.sum[r][h]; }); }); });
+    team.each(
+        [&](R& t, int thread) { t.template store<T>(p, query_of<Tile>(at, thread), thread % 32, at.head, at.batch); });
 }
 
 template <class Tile, int kRows, class Team>
@@ -135,8 +131,7 @@ AVATAR_RT_DEVICE void multiply_values(Team& team, uint32_t v) {
 }
 
 template <class T, class Tile, class Team>
-AVATAR_RT_DEVICE void attend_sm80(Team& team, const Problem& p, const Sources& from, const Place& at,
-                                  uint32_t shared) {
+AVATAR_RT_DEVICE void attend_sm80(Team& team, const Problem& p, const Sources& from, const Place& at, uint32_t shared) {
     using R = RegistersOf<Tile>;
     const KeyWalk<Tile::kKeys> walk(p, at.query, Tile::kQueries);
     const int32_t tiles = walk.count();

@@ -28,7 +28,8 @@ struct ProducerThread {
     __device__ __forceinline__ void copy(Operand operand, uint32_t to, uint32_t barrier, int element, int32_t row,
                                          const Place& at) {
         const int i = static_cast<int>(operand);
-        tensor_copy(to, &maps.map[i], barrier, element, row, at.head * maps.head_step[i], at.batch * maps.batch_step[i]);
+        tensor_copy(to, &maps.map[i], barrier, element, row, at.head * maps.head_step[i],
+                    at.batch * maps.batch_step[i]);
     }
 };
 
@@ -41,8 +42,11 @@ struct ConsumerWarpgroup : DeviceTeam<Tile> {
     __device__ __forceinline__ void take_turn(int consumer) { bar_sync(1 + consumer); }
     __device__ __forceinline__ void pass_turn(int consumer) { bar_arrive(1 + (1 - consumer)); }
 
-    __device__ __forceinline__ void begin_products() {
+    __device__ __forceinline__ void begin_scores() {
         hold(this->registers.score[0]);
+        wgmma_fence();
+    }
+    __device__ __forceinline__ void begin_values() {
         hold(this->registers.out[0]);
         hold(this->registers.weight[0]);
         wgmma_fence();
@@ -60,15 +64,16 @@ struct ConsumerWarpgroup : DeviceTeam<Tile> {
     __device__ __forceinline__ void wait_products() {
         wgmma_wait<kPending>();
         hold(this->registers.score[0]);
-        if (kPending > 0) return;
+        if (kPending > 0) return;  // the values are still being multiplied
         hold(this->registers.out[0]);
         hold(this->registers.weight[0]);
     }
 };
 
 template <class T, int kDim>
-__global__ __launch_bounds__(TileSm90<kDim>::kThreads, 1) void attention_sm90_kernel(
-    const __grid_constant__ Problem p, const __grid_constant__ Maps maps) {
+__global__ __launch_bounds__(TileSm90<kDim>::kThreads,
+                             1) void attention_sm90_kernel(const __grid_constant__ Problem p,
+                                                           const __grid_constant__ Maps maps) {
     using Tile = TileSm90<kDim>;
     extern __shared__ __align__(1024) unsigned char memory[];
     const Shared<Tile> shared{(shared_address(memory) + Tile::kAlignment - 1) / Tile::kAlignment * Tile::kAlignment};
@@ -153,8 +158,7 @@ cudaError_t launch(const AttentionArgs& a, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_sm90(const AttentionArgs& a, cudaStream_t stream) {
-    if (a.dtype == DType::bf16)
-        return a.head_dim == 64 ? launch<Bf16, 64>(a, stream) : launch<Bf16, 128>(a, stream);
+    if (a.dtype == DType::bf16) return a.head_dim == 64 ? launch<Bf16, 64>(a, stream) : launch<Bf16, 128>(a, stream);
     return a.head_dim == 64 ? launch<Fp16, 64>(a, stream) : launch<Fp16, 128>(a, stream);
 }
 

@@ -9,10 +9,10 @@
 // A slot has two barriers: `full` (the copy engine has written all its bytes), `empty` (every consumer warp is done).
 //
 // `Producer` and `Team` (a consumer warpgroup) are a GPU's threads (attention_sm90.cu) or a CPU's (emulated). They have
-//   wait(barrier, parity), expect(barrier, bytes), copy(operand, to, barrier, element, row, place)      Producer
-//   wait(barrier, parity), release(barrier), each(f), quad_max(value), quad_sum(value),                  Team
-//   begin_products(), score_product<T>(a, b, add), value_product<T>(step, b), end_products(), wait_products<pending>(),
-//   take_turn(consumer), pass_turn(consumer)
+//   Producer: wait(barrier, parity), expect(barrier, bytes), copy(operand, to, barrier, element, row, place)
+//   Team: wait(barrier, parity), release(barrier), take_turn(consumer), pass_turn(consumer),
+//         each(f), quad_max(value), quad_sum(value), begin_scores(), score_product<T>(a, b, add),
+//         begin_values(), value_product<T>(step, b), end_products(), wait_products<pending>()
 #pragma once
 
 #include "cuda/attention_sm80.h"
@@ -80,7 +80,7 @@ AVATAR_RT_DEVICE void produce_sm90(Producer& producer, const Problem& p, const S
 // score = Q K^T for one tile of keys; 16 head dims a step.
 template <class T, class Tile, class Team>
 AVATAR_RT_DEVICE void start_scores(Team& team, uint32_t q, uint32_t k) {
-    team.begin_products();
+    team.begin_scores();
     unrolled<Tile::kDim / 16>([&](int d) {
         const uint32_t inside = 32 * (d % 4);  // a step is 32 of the panel's 128 bytes
         team.template score_product<T>(descriptor(q + d / 4 * Tile::kQueryPanelBytes + inside, 0, kAtomBytes),
@@ -92,7 +92,7 @@ AVATAR_RT_DEVICE void start_scores(Team& team, uint32_t q, uint32_t k) {
 // out += weight V for one tile of keys; 16 keys a step.
 template <class T, class Tile, class Team>
 AVATAR_RT_DEVICE void start_values(Team& team, uint32_t v) {
-    team.begin_products();
+    team.begin_values();
     unrolled<Tile::kKeys / 16>([&](int k) {
         team.template value_product<T>(k, descriptor(v + k * 2 * kAtomBytes, Tile::kKeyPanelBytes, kAtomBytes));
     });

@@ -51,10 +51,10 @@ struct Registers {
         });
     }
 
-    // Scores to weights, once peak is the query's. In masked tiles kNone becomes exactly 0, whichever way 2^x is taken.
-    // Which way is a matter of the key's column alone, so that a query's bits do not depend on where it stands.
+    // Scores to weights, once peak is the query's. kNone becomes exactly 0, whichever way 2^x is taken. Which way is a
+    // matter of the key's column alone, so that a query's bits do not depend on where it stands.
     template <int kPolynomialOf8>
-    AVATAR_RT_DEVICE void weigh(float scale, float bias, bool masked) {
+    AVATAR_RT_DEVICE void weigh(float scale, float bias) {
         each_query([&](int r, int h) {
             const float risen = fmaxf(top[r][h], fmaf(peak[r][h], scale, bias));
             const float base = risen == kNone ? 0.0f : risen;  // a query that has seen nothing yet
@@ -66,10 +66,7 @@ struct Registers {
                 unrolled<2>([&](int e) {
                     float& s = score[r][j][2 * h + e];
                     const float x = fmaf(s, scale, offset);
-                    if (j % 8 >= kPolynomialOf8)
-                        s = exp2_unit(x);
-                    else
-                        s = masked && s == kNone ? 0.0f : exp2_polynomial(x);
+                    s = j % 8 < kPolynomialOf8 ? exp2_polynomial(x) : exp2_unit(x);
                 });
                 total += score[r][j][2 * h] + score[r][j][2 * h + 1];
             });
@@ -108,9 +105,8 @@ struct Registers {
             const float factor = 1.0f / sum[r][h];
             const int64_t line = (static_cast<int64_t>(batch) * p.queries + query) * p.heads + head;
             uint32_t* to = static_cast<uint32_t*>(p.out) + (line * kDim + column_of(lane, 0)) / 2;
-            unrolled<kDim / 8>([&](int j) {
-                to[4 * j] = T::pack(out[r][j][2 * h] * factor, out[r][j][2 * h + 1] * factor);
-            });
+            unrolled<kDim / 8>(
+                [&](int j) { to[4 * j] = T::pack(out[r][j][2 * h] * factor, out[r][j][2 * h + 1] * factor); });
             if (p.lse == nullptr || lane % 4) return;
             constexpr float kLn2 = 0.69314718056f;
             p.lse[(static_cast<int64_t>(batch) * p.heads + head) * p.queries + query] =

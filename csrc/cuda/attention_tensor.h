@@ -7,8 +7,8 @@ namespace avatar_rt::cuda {
 
 struct Tensor {
     const void* data;
-    uint64_t sizes[4];    // head_dim, rows, heads, batch
-    uint64_t strides[3];  // bytes, of all but the innermost
+    uint64_t sizes[4];              // head_dim, rows, heads, batch
+    uint64_t strides[3];            // bytes, of all but the innermost
     int32_t head_step, batch_step;  // coordinate per head and per batch: 0 where the operand repeats
 };
 

@@ -63,7 +63,8 @@ void mma_m16n8k16(C&& c, A&& a, B&& b) {
             for (int e = 0; e < 2; ++e)
                 left[g + 8 * (i % 2)][t + e + 8 * (i / 2)] = widened<T>(static_cast<uint16_t>(a(lane)[i] >> 16 * e));
         for (int i = 0; i < 2; ++i)
-            for (int e = 0; e < 2; ++e) right[g][t + e + 8 * i] = widened<T>(static_cast<uint16_t>(b(lane)[i] >> 16 * e));
+            for (int e = 0; e < 2; ++e)
+                right[g][t + e + 8 * i] = widened<T>(static_cast<uint16_t>(b(lane)[i] >> 16 * e));
     }
     for (int lane = 0; lane < 32; ++lane)
         for (int i = 0; i < 4; ++i) {

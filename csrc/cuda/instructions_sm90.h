@@ -46,15 +46,13 @@ __device__ __forceinline__ void bar_arrive(int id) {
 
 // --- copies ----------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void tensor_prefetch(const void* map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
 // The map's box at these coordinates to `to`; its bytes complete on `barrier`.
 __device__ __forceinline__ void tensor_copy(uint32_t to, const void* map, uint32_t barrier, int element, int row,
                                             int head, int batch) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
-        ::"r"(to), "l"(map), "r"(barrier), "r"(element), "r"(row), "r"(head), "r"(batch)
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+        "[%2];" ::"r"(to),
+        "l"(map), "r"(barrier), "r"(element), "r"(row), "r"(head), "r"(batch)
         : "memory");
 }
 
@@ -93,22 +91,22 @@ __device__ __forceinline__ void hold(uint32_t (&x)[kTiles][4]) {
 
 #define AVATAR_RT_D1(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
 #define AVATAR_RT_D4(j) AVATAR_RT_D1(j), AVATAR_RT_D1(j + 1), AVATAR_RT_D1(j + 2), AVATAR_RT_D1(j + 3)
-#define AVATAR_RT_N64 \
+#define AVATAR_RT_N64                                                         \
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
-#define AVATAR_RT_N128 \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+#define AVATAR_RT_N128                                                                 \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
 
 // d (+)= a b^T, both K-major in shared memory: 64 x 128 from 16 summed elements.
-#define AVATAR_RT_SCORES(TYPE)                                                                       \
-    asm volatile(                                                                                    \
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                                 \
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " " AVATAR_RT_N128              \
-        ", %64, %65, p, 1, 1, 0, 0;\n}"                                                              \
-        : AVATAR_RT_D4(0), AVATAR_RT_D4(4), AVATAR_RT_D4(8), AVATAR_RT_D4(12)                        \
+#define AVATAR_RT_SCORES(TYPE)                                                          \
+    asm volatile(                                                                       \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                    \
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " " AVATAR_RT_N128 \
+        ", %64, %65, p, 1, 1, 0, 0;\n}"                                                 \
+        : AVATAR_RT_D4(0), AVATAR_RT_D4(4), AVATAR_RT_D4(8), AVATAR_RT_D4(12)           \
         : "l"(a), "l"(b), "r"(static_cast<int>(add)))
 
 template <class T>
@@ -120,15 +118,15 @@ __device__ __forceinline__ void wgmma_scores(float (&d)[16][4], uint64_t a, uint
 }
 
 // d += a b, a in registers, b MN-major in shared memory: 64 x 64 or 64 x 128 from 16 summed elements.
-#define AVATAR_RT_VALUES64(TYPE)                                                                     \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " " AVATAR_RT_N64       \
-                 ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                          \
-                 : AVATAR_RT_D4(0), AVATAR_RT_D4(4)                                                  \
+#define AVATAR_RT_VALUES64(TYPE)                                                               \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " " AVATAR_RT_N64 \
+                 ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                    \
+                 : AVATAR_RT_D4(0), AVATAR_RT_D4(4)                                            \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-#define AVATAR_RT_VALUES128(TYPE)                                                                    \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " " AVATAR_RT_N128     \
-                 ", {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                          \
-                 : AVATAR_RT_D4(0), AVATAR_RT_D4(4), AVATAR_RT_D4(8), AVATAR_RT_D4(12)               \
+#define AVATAR_RT_VALUES128(TYPE)                                                                \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " " AVATAR_RT_N128 \
+                 ", {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                      \
+                 : AVATAR_RT_D4(0), AVATAR_RT_D4(4), AVATAR_RT_D4(8), AVATAR_RT_D4(12)           \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 
 template <class T>

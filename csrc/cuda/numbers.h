@@ -103,7 +103,8 @@ struct Fp16 {
 #ifndef __CUDACC__
     static float widen(uint16_t x) {
         const int exponent = (x >> 10) & 31, fraction = x & 1023;
-        float magnitude = std::ldexp(static_cast<float>(fraction | (exponent ? 1024 : 0)), (exponent ? exponent : 1) - 25);
+        float magnitude =
+            std::ldexp(static_cast<float>(fraction | (exponent ? 1024 : 0)), (exponent ? exponent : 1) - 25);
         if (exponent == 31) magnitude = fraction ? std::nanf("") : std::numeric_limits<float>::infinity();
         return x & 0x8000 ? -magnitude : magnitude;
     }
@@ -123,12 +124,12 @@ AVATAR_RT_DEVICE float exp2_unit(float x) {
 
 // 2^x by multiply-adds, for x <= 128: Cody-Waite into a power of two and a fraction within half, then a polynomial of
 // degree 5 (relative error below 1e-7: the sum of the weights, and so the LSE, stays as good as the unit's).
-// Below 2^-126 it returns 2^-126 instead of 0, which no sum of weights can notice: the largest of them is 1.
+// From -127 down the biased exponent is 0 and the result exactly 0, as for the -inf of a key that is not seen.
 AVATAR_RT_DEVICE float exp2_polynomial(float x) {
 #ifdef __CUDACC__
-    asm("max.NaN.f32 %0, %0, 0fC2FC0000;" : "+f"(x));  // -126; a NaN must stay one
+    asm("max.NaN.f32 %0, %0, 0fC2FE0000;" : "+f"(x));  // -127; a NaN must stay one
 #else
-    x = x < -126.0f ? -126.0f : x;
+    x = x < -127.0f ? -127.0f : x;
 #endif
     constexpr float kRound = 12583039.0f;  // 1.5 * 2^23 + 127: leaves the biased exponent in the low bits
     const float shifted = x + kRound;
