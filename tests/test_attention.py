@@ -364,7 +364,7 @@ def row(rows=4, heads=2, dim=8, dtype=torch.float32):
         ),
         (
             lambda: force("sparse_reference_attention", "magic").__enter__(),
-            "expected an implementation out of triton, cpu, ref",
+            "expected an implementation out of cuda, triton, cpu, ref",
         ),
         (lambda: explain("sparse"), "op: expected one of"),
     ],
@@ -381,6 +381,7 @@ def test_refusals_are_listed():
         sparse_reference_attention(wide, wide, wide)
     assert str(caught.value).split("\n") == [
         "sparse_reference_attention: no implementation can run this call",
+        "  cuda: q is on cpu",
         "  triton: q is on cpu",
         "  cpu: dtype float64 is neither float32 nor bfloat16",
         "  reference: runs only when forced",
@@ -390,12 +391,14 @@ def test_refusals_are_listed():
         local_temporal_attention(big, big, big, num_frames=1, radius=0)
     x = row()
     assert explain(OPS[0], x, x, x, None, None, 1.0, 1.0) == {
+        "cuda": "q is on cpu",
         "triton": "q is on cpu",
         "cpu": None,
         "reference": "runs only when forced",
     }
     with force(OPS[0], "reference"):
         assert explain(OPS[0], x, x, x, None, None, 1.0, 1.0) == {
+            "cuda": "reference is forced",
             "triton": "reference is forced",
             "cpu": "reference is forced",
             "reference": None,

@@ -38,8 +38,9 @@ def test_missing_extension_is_an_error_that_says_how_to_build_it(monkeypatch, re
     monkeypatch.setitem(sys.modules, "avatar_rt._native", None)
     with pytest.raises(UnsupportedError) as caught:
         attend()
-    assert str(caught.value).split("\n")[:3] == [
+    assert str(caught.value).split("\n")[:4] == [
         "sparse_reference_attention: no implementation can run this call",
+        "  cuda: q is on cpu",
         "  triton: q is on cpu",
         "  cpu: avatar_rt._native is not built: run `pip install -e .` (or `make setup`)",
     ]

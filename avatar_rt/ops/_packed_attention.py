@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from avatar_rt.ops import _dispatch, _load, _triton, attention
+from avatar_rt.ops import _cuda, _dispatch, _load, _triton, attention
 from avatar_rt.ops._dispatch import Implementation
 from avatar_rt.ops.packed import layout_of, unpack
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from avatar_rt.errors import InputError
-from avatar_rt.ops import _check, _dispatch, _load, _triton
+from avatar_rt.ops import _check, _cuda, _dispatch, _load, _triton
 from avatar_rt.ops import packed as _packing
 from avatar_rt.ops._attention_backward import MAX_HEAD_DIM, Segments, backward, band, segments_of, setup_context, wide
 from avatar_rt.ops._dispatch import Implementation
@@ -280,6 +280,7 @@ def _sparse_cpu(
 _dispatch.register(
     "sparse_reference_attention",
     _sparse_cost,
+    Implementation("cuda", _cuda.refuses_attention, _cuda.sparse_attention),
     Implementation("triton", _triton.refuses_attention, _triton.sparse_attention),
     Implementation("cpu", _refuses_cpu, _sparse_cpu),
     Implementation("reference", _refuses_reference, _sparse_ref, by_choice=False),
@@ -287,6 +288,7 @@ _dispatch.register(
 _dispatch.register(
     "local_temporal_attention",
     _local_cost,
+    Implementation("cuda", _cuda.refuses_attention, _cuda.attention),
     Implementation("triton", _triton.refuses_attention, _triton.local_attention),
     Implementation("cpu", _refuses_cpu, run_native),
     Implementation("reference", _refuses_reference, _local_ref, by_choice=False),

@@ -10,21 +10,6 @@ namespace py = pybind11;
 namespace avatar_rt::bindings {
 namespace {
 
-using cpu::View;
-
-std::string list(const std::vector<int64_t>& values) {
-    std::string text = "[";
-    for (size_t i = 0; i < values.size(); ++i) text += (i ? ", " : "") + std::to_string(values[i]);
-    return text + "]";
-}
-
-void expect(const std::string& name, const char* letter, int64_t wanted, const TensorArg& x, int axis,
-            const char* layout) {
-    if (x.shape[axis] != wanted)
-        input_error(name + ": expected " + letter + "=" + std::to_string(wanted) + ", got " +
-                    std::to_string(x.shape[axis]) + " (shape " + list(x.shape) + " for [" + layout + "])");
-}
-
 cpu::DType dtype_of(const TensorArg& q) {
     if (q.dtype == "float32") return cpu::DType::f32;
     if (q.dtype == "bfloat16") return cpu::DType::bf16;
@@ -33,31 +18,16 @@ cpu::DType dtype_of(const TensorArg& q) {
 
 }  // namespace
 
-View view_of(const std::string& name, const TensorArg& x, const TensorArg& q, const char* layout) {
-    if (x.shape.size() != 4) input_error(name + ": expected 4 dimensions [" + layout + "], got shape " + list(x.shape));
-    expect(name, "B", q.shape[0], x, 0, layout);
-    expect(name, "N", q.shape[2], x, 2, layout);
-    expect(name, "D", q.shape[3], x, 3, layout);
-    if (x.dtype != q.dtype) input_error(name + ": expected dtype " + q.dtype + " like q, got " + x.dtype);
-    if (x.shape[3] > 1 && x.strides[3] != 1)
-        input_error(name + ": expected a contiguous last dimension, got strides " + list(x.strides));
-    return {reinterpret_cast<const void*>(x.address), x.shape[1], x.strides[0], x.strides[1], x.strides[2]};
-}
-
-View optional_view(const std::string& name, const std::optional<TensorArg>& x, const TensorArg& q, const char* layout) {
-    return x ? view_of(name, *x, q, layout) : View{};
-}
-
 cpu::AttentionArgs fresh_args(const TensorArg& q, const std::optional<TensorArg>& k,
                               const std::optional<TensorArg>& v) {
     cpu::AttentionArgs args;
-    args.q = view_of("q", q, q, "B, L, N, D");
+    args.q = view_of<cpu::View>("q", q, q, "B, L, N, D");
     args.dtype = dtype_of(q);
     args.batch = q.shape[0];
     args.heads = q.shape[2];
     args.head_dim = q.shape[3];
-    args.k = optional_view("k", k, q, "B, S, N, D");
-    args.v = optional_view("v", v, q, "B, S, N, D");
+    args.k = view_of<cpu::View>("k", k, q, "B, S, N, D");
+    args.v = view_of<cpu::View>("v", v, q, "B, S, N, D");
     return args;
 }
 
@@ -90,8 +60,8 @@ void attention(const TensorArg& q, const std::optional<TensorArg>& k, const std:
                uintptr_t lse, float scale, int64_t num_frames, int64_t radius, int num_threads,
                const std::optional<std::string>& isa, float strength) {
     cpu::AttentionArgs args = fresh_args(q, k, v);
-    args.ref_k = optional_view("ref_k", ref_k, q, "B, R, N, D");
-    args.ref_v = optional_view("ref_v", ref_v, q, "B, R, N, D");
+    args.ref_k = view_of<cpu::View>("ref_k", ref_k, q, "B, R, N, D");
+    args.ref_v = view_of<cpu::View>("ref_v", ref_v, q, "B, R, N, D");
     args.num_frames = num_frames;
     args.radius = radius;
     call(args, out, lse, scale, strength, num_threads, isa);

@@ -20,12 +20,12 @@ void attention_backward(const TensorArg& grad, uintptr_t grad_lse, const TensorA
                         const std::optional<std::string>& isa) {
     cpu::AttentionBackwardArgs args;
     args.call = fresh_args(q, k, v);
-    args.call.ref_k = optional_view("ref_k", ref_k, q, "B, R, N, D");
-    args.call.ref_v = optional_view("ref_v", ref_v, q, "B, R, N, D");
+    args.call.ref_k = view_of<cpu::View>("ref_k", ref_k, q, "B, R, N, D");
+    args.call.ref_v = view_of<cpu::View>("ref_v", ref_v, q, "B, R, N, D");
     args.call.num_frames = num_frames;
     args.call.radius = radius;
     set_numbers(&args.call, out, lse, scale, strength, num_threads, isa);
-    args.grad = view_of("grad", grad, q, "B, L, N, D");
+    args.grad = view_of<cpu::View>("grad", grad, q, "B, L, N, D");
     args.grad_lse = reinterpret_cast<const float*>(grad_lse);
     void** to[] = {&args.dq, &args.dk, &args.dv, &args.dref_k, &args.dref_v};
     for (int i = 0; i < 5; ++i) *to[i] = reinterpret_cast<void*>(grads[i]);
