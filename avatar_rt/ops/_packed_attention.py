@@ -77,22 +77,28 @@ def run_native(
     return out, lse
 
 
-def _refuses_rows(q: Tensor, k: Tensor | None, v: Tensor | None, packed_k: Tensor, packed_v: Tensor, *rest):
-    layout = layout_of(packed_k, packed_v)
-    if q.device.type == "cuda" and layout != "rows":
-        return f"the reference is packed as {layout}, GPU kernels read rows"
-    return _triton.refuses_attention(q)
+def _on_gpu(name: str, refuses, run) -> Implementation:
+    """A GPU kernel on a reference packed as rows, which are a strided view of the plain one."""
 
+    def refuses_packed(q, k, v, packed_k, packed_v, k_scale, v_scale, rows, scale, strength) -> str | None:
+        layout = layout_of(packed_k, packed_v)
+        if q.device.type == "cuda" and layout != "rows":
+            return f"the reference is packed as {layout}, GPU kernels read rows"
+        return refuses(
+            q, k, v, *(unpack(packed_k, packed_v, k_scale, v_scale, q.dtype) if layout == "rows" else (None, None))
+        )
 
-def _run_triton(q, k, v, packed_k, packed_v, k_scale, v_scale, rows, scale, strength) -> tuple[Tensor, Tensor]:
-    """Rows are a strided view of the plain reference."""
-    return _triton.sparse_attention(q, k, v, *unpack(packed_k, packed_v, k_scale, v_scale, q.dtype), scale, strength)
+    def run_packed(q, k, v, packed_k, packed_v, k_scale, v_scale, rows, scale, strength) -> tuple[Tensor, Tensor]:
+        return run(q, k, v, *unpack(packed_k, packed_v, k_scale, v_scale, q.dtype), scale, strength)
+
+    return Implementation(name, refuses_packed, run_packed)
 
 
 _dispatch.register(
     "packed_reference_attention",
     _packed_cost,
-    Implementation("triton", _refuses_rows, _run_triton),
+    _on_gpu("cuda", _cuda.refuses_attention, _cuda.sparse_attention),
+    _on_gpu("triton", _triton.refuses_attention, _triton.sparse_attention),
     Implementation("cpu", _refuses_cpu, run_native),
     Implementation("reference", lambda *args: None, _packed_ref, by_choice=False),
 )
