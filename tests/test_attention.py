@@ -328,6 +328,10 @@ def test_refusals_are_listed():
     want = {"cuda": "q is on cpu", "cpu": None, "reference": "runs only when forced"}
     assert explain(OPS[0], x, x, x, None, None, 1.0) == want
     with force(OPS[0], "reference"):
-        assert explain(OPS[0], x, x, x, None, None, 1.0) == {"cpu": "reference is forced", "reference": None}
+        assert explain(OPS[0], x, x, x, None, None, 1.0) == {
+            "cuda": "reference is forced",
+            "cpu": "reference is forced",
+            "reference": None,
+        }
         assert sparse_reference_attention(wide, wide, wide).dtype == torch.float64
     assert set(OPS) <= set(_dispatch.ops())
