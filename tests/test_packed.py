@@ -82,14 +82,21 @@ def test_definition_is_unpack_then_the_plain_definition(dtype):
     torch.testing.assert_close(got, want)  # other strides, so torch may sum in another order
 
 
+@pytest.mark.parametrize("storage", [None, "int8"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_padding_of_an_odd_pair_never_leaks(dtype):
-    """A packed last pair is half empty: whatever stands there, the result is the same."""
-    q, k, v, ref_k, ref_v = inputs((1, 9, 4, 7, 2, 64), dtype)
-    packed = pack_for(ref_k, ref_v, ISAS[-1])
-    assert not packed.k.isnan().any() and not packed.v.isnan().any()
-    want = sparse_reference_attention(q, k, v, ref_k, ref_v)
-    assert torch.equal(sparse_reference_attention(q, k, v, packed=packed), want)
+def test_nothing_beyond_the_packed_rows_leaks(dtype, storage):
+    """NaN before and after every packed tensor in memory, and in the half of a last pair that holds no row."""
+    q, k, v, ref_k, ref_v = inputs((1, 70, 4, 147, 2, 64), dtype)
+    packed = pack_reference(ref_k, ref_v, storage=storage)
+    want = sparse_reference_attention(q, k, v, packed=packed)
+    poisoned = []
+    for x in packed[:4]:
+        buffer = torch.full((x.numel() + 512,), float("nan")).to(x.dtype)
+        buffer[256:-256] = x.flatten()
+        poisoned.append(buffer[256:-256].view(x.shape))
+    if poisoned[1].dim() == 5:
+        poisoned[1][:, :, -1, :, 1] = float("nan")
+    assert torch.equal(sparse_reference_attention(q, k, v, packed=PackedReference(*poisoned, 147)), want)
 
 
 # --- int8 -----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ class PackedReference(NamedTuple):
     Attributes:
         k: [B, N, R, D], contiguous, in the reference's dtype or int8.
         v: As ``k``; or, for a machine that multiplies bf16 in pairs of rows, [B, N, (R + 1) // 2, D, 2], where the
-            second of an odd last pair is zero.
+            second of an odd last pair is never looked at.
         k_scale, v_scale: [B, N, R] fp32 factors of int8 rows; empty otherwise.
         rows: R.
     """

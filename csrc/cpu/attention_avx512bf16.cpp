@@ -90,12 +90,21 @@ struct PairPolicy {
         if (range.layout == KeyLayout::int8) return fill_int8(block, range, first, head_dim);
         copy_keys(block, static_cast<const uint16_t*>(range.k) + first * range.k_stride, range.k_stride, head_dim);
         if (range.layout == KeyLayout::pairs) {
-            block->v = static_cast<const uint32_t*>(range.v) + first / 2 * (range.v_stride / 2);
+            block->v = static_cast<const uint32_t*>(range.v) + first / 2 * head_dim;
+            if (rows % 2) drop_last_half(block, head_dim);
             return;
         }
         const uint16_t* v = static_cast<const uint16_t*>(range.v) + first * range.v_stride;
         for (int s = 0; s < rows; s += 2, v += 2 * range.v_stride)
             interleave(v, s + 1 < rows ? v + range.v_stride : nullptr, head_dim, block->own_v + s / 2 * head_dim);
+    }
+
+    // Beyond the last row of an odd number anything may lie, and zero times a NaN is a NaN.
+    static void drop_last_half(Block* block, int head_dim) {
+        const int whole = block->rows / 2 * head_dim;
+        std::memcpy(block->own_v, block->v, whole * sizeof(uint32_t));
+        for (int d = whole; d < whole + head_dim; ++d) block->own_v[d] = block->v[d] & 0xffffu;
+        block->v = block->own_v;
     }
 
     static void copy_keys(Block* block, const uint16_t* k, int64_t stride, int head_dim) {

@@ -11,7 +11,7 @@ namespace avatar_rt::cpu {
 struct KeyRange {
     const void* k;
     const void* v;
-    int64_t rows, k_stride, v_stride;  // strides in elements; that of v between pairs of keys for KeyLayout::pairs
+    int64_t rows, k_stride, v_stride;  // strides in elements; KeyLayout::pairs has contiguous values
     KeyLayout layout;
     const float *k_scale, *v_scale;  // one per row for KeyLayout::int8, else null
     float bias;                      // added to scaled scores, in powers of two

@@ -1,8 +1,8 @@
 // How reference keys and values may lie, packed once and read in place by every later call.
 //
 //   rows   keys and values in the call's dtype, any strides
-//   pairs  bf16: keys as rows; values [pair of rows][channel][2], the second of an odd last pair being zero: what
-//          vdpbf16ps multiplies, so that a block of values needs no interleaving. Only for Isa::avx512bf16.
+//   pairs  bf16: keys as rows; values [pair of rows][channel][2], contiguous, the second of an odd last pair never
+//          mattering: what vdpbf16ps multiplies, so that no values are interleaved per call. For Isa::avx512bf16.
 //   int8   keys and values as int8 rows, each with an fp32 factor: half the bytes of bf16
 #pragma once
 

@@ -16,8 +16,8 @@
 namespace avatar_rt::cpu {
 namespace {
 
-constexpr int kBlock = 96;  // keys per softmax step: a multiple of the 6-row register tile
-constexpr int kTiles = 8;   // tiles that share one pass over the keys, so that each key block is read from cache
+constexpr int kBlock = 144;  // keys per softmax step: even, and a multiple of the 6-row register tile
+constexpr int kTiles = 8;    // tiles that share one pass over the keys, so that each key block is read from cache
 
 // Channels that a score sums at a time: a long sum is as exact as the short ones it is made of. Both passes do the
 // same, or the weights that the backward pass remakes would not be those that the LSE is of.
@@ -178,20 +178,6 @@ void finish(const Tile<P>& t, const AttentionJob& job, int first_row) {
     }
 }
 
-// Rows on their way to the second-level cache, while the block before them is worked on: rows of one head lie apart
-// by more than the machine's own prefetching follows.
-inline void prefetch(const KeyRange& range, int64_t first, int64_t end, int head_dim, int64_t element) {
-    const bool pairs = range.layout == KeyLayout::pairs;
-    const int64_t size = range.layout == KeyLayout::int8 ? 1 : element, bytes = size * head_dim;
-    for (int64_t s = first; s < end; ++s)
-        for (int64_t i = 0; i < bytes; i += 64)
-            __builtin_prefetch(static_cast<const char*>(range.k) + s * range.k_stride * size + i, 0, 2);
-    const int64_t v_bytes = pairs ? 2 * bytes : bytes;
-    for (int64_t s = pairs ? first / 2 : first; s < (pairs ? end / 2 : end); ++s)
-        for (int64_t i = 0; i < v_bytes; i += 64)
-            __builtin_prefetch(static_cast<const char*>(range.v) + s * range.v_stride * size + i, 0, 2);
-}
-
 template <class P>
 void run(const AttentionJob& job, void* memory) {
     using E = typename P::Element;
@@ -211,13 +197,9 @@ void run(const AttentionJob& job, void* memory) {
         for (int64_t at = 0; at < range.rows; at += kBlock) {
             const int rows = static_cast<int>(range.rows - at < kBlock ? range.rows - at : kBlock);
             P::fill(&scratch.block, range, at, rows, job.head_dim);
-            const int64_t next = at + rows, ahead = range.rows - next < kBlock ? range.rows - next : kBlock;
-            for (int i = 0; i < num_tiles; ++i) {
-                prefetch(range, next + ahead * i / num_tiles, next + ahead * (i + 1) / num_tiles, job.head_dim,
-                         sizeof(E));
+            for (int i = 0; i < num_tiles; ++i)
                 step_any<P>(scratch.block, scratch.tiles[i], job.head_dim, job.scale_log2, range.bias, first,
                             scratch.scores);
-            }
             first = false;
         }
     }
