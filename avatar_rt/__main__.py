@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seconds", type=_positive(float), help="use only the first seconds of the speech")
     generate.add_argument("--reference-scale", type=float, help="guidance towards the reference; 1 is off")
     generate.add_argument("--audio-scale", type=float, help="guidance towards the speech; 1 is off")
+    generate.add_argument("--reference-strength", type=float, help="weight of the reference in attention; 1 as trained")
     generate.add_argument("--sheet", type=Path, help="also write a contact sheet, .png")
     demo = commands.add_parser(
         "demo", parents=[common], help="generate from the shipped samples: OUT/demo.mp4, demo.png"
@@ -97,7 +98,7 @@ def _generate(args: argparse.Namespace, reference: Path, speech: Path, output: P
     started = time.monotonic()
     engine = AvatarEngine(args.bundle, device=args.device)
     options = {"seed": args.seed, "steps": args.steps}
-    for name in ("scene", "prompt", "seconds", "reference_scale", "audio_scale"):
+    for name in ("scene", "prompt", "seconds", "reference_scale", "audio_scale", "reference_strength"):
         if getattr(args, name, None) is not None:
             options[name] = getattr(args, name)
     bar = Progress("generate")

@@ -30,7 +30,14 @@ from avatar_rt.models.vae import VideoVAE
 from avatar_rt.models.weights import load_weights
 from avatar_rt.pipeline.decode import decode_chunk
 from avatar_rt.pipeline.denoise import ChunkState, Conditions, Scene, denoise_chunk
-from avatar_rt.pipeline.reference import ReferenceCache, ReferenceContext, encode_reference, read_reference, to_video
+from avatar_rt.pipeline.reference import (
+    ReferenceCache,
+    ReferenceContext,
+    encode_reference,
+    pack_cache,
+    read_reference,
+    to_video,
+)
 from avatar_rt.pipeline.schedule import make_schedule
 from avatar_rt.runtime.manifest import open_bundle, shipped_bundle
 from avatar_rt.runtime.trace import stage
@@ -164,12 +171,16 @@ class AvatarEngine:
         steps: int | None = None,
         reference_scale: float | None = None,
         audio_scale: float | None = None,
+        reference_strength: float | None = None,
         use_cache: bool = True,
     ) -> Session:
         """A new stream. ``scene`` None: the reference's own; ``use_cache=False``: recompute the reference each pass."""
         if reference.weights_hash != self.bundle.weights_hash:
             raise InputError("reference: it was prepared with other weights; prepare it again with this engine")
-        given: dict[str, Any] = {"steps": steps, "reference_scale": reference_scale, "audio_scale": audio_scale}
+        given: dict[str, Any] = {
+            "steps": steps, "reference_scale": reference_scale, "audio_scale": audio_scale,
+            "reference_strength": reference_strength,
+        }  # fmt: skip
         sampling = dataclasses.replace(self.config.sampling, **{k: v for k, v in given.items() if v is not None})
         place = reference.scene
         if scene is not None:
@@ -234,7 +245,7 @@ class Session:
             self.empty_text = engine.embed_text()
             self.text = engine.embed_text(prompt) if prompt else self.empty_text
         self.schedule = make_schedule(sampling, cfg.chunk, seed, has_text=bool(prompt))
-        self.use_cache = use_cache
+        self._cache = pack_cache(reference.cache) if use_cache else None
         self._samples = np.zeros(0, np.float32)
         self._ended = False
         self._cancelled = threading.Event()
@@ -295,7 +306,7 @@ class Session:
             yield frames
 
     def _reference(self) -> ReferenceCache:
-        return self.reference.cache if self.use_cache else encode_reference(self.engine.dit, self.reference.context)
+        return self._cache or encode_reference(self.engine.dit, self.reference.context)
 
 
 def _fit(image: np.ndarray, height: int, width: int) -> np.ndarray:

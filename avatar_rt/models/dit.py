@@ -6,12 +6,15 @@ Rows of one frame are its patches, then its motion token if there is one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from avatar_rt.config import DiTConfig
 from avatar_rt.errors import InputError
 from avatar_rt.models.layers import Block, Head, linear_fp32, rope_table, timestep_embedding
+from avatar_rt.ops import PackedReference
 
 
 def _mlp(in_dim: int, dim: int, act: nn.Module) -> nn.Sequential:
@@ -206,6 +209,8 @@ class VideoRefDiT(nn.Module):
         motion: Tensor | None = None,
         ref_k: Tensor | None = None,
         ref_v: Tensor | None = None,
+        packed: Sequence[PackedReference] | None = None,
+        strength: float = 1.0,
     ) -> tuple[Tensor, Tensor | None]:
         """One pass over the generated side.
 
@@ -219,6 +224,8 @@ class VideoRefDiT(nn.Module):
             anchor_rows: [n] int64 kept patches of the anchor, or None for all.
             motion: [B, T, M] noisy motion tokens at the same t, or None.
             ref_k, ref_v: [layers, B, R, N, D] from ``encode_reference``, or None.
+            packed: The same rows, one ``ops.pack_reference`` per block; given instead of them.
+            strength: Factor on the reference rows' attention weights, 1 as trained, 0 as without a reference.
 
         Returns: velocity [B, C, T, H, W] fp32, and motion velocity [B, T, M] fp32 or None.
         Raises: InputError on a shape above.
@@ -263,8 +270,8 @@ class VideoRefDiT(nn.Module):
                 getattr(self, "audio_position", None),
                 frames,
                 rows,
-                None if ref_k is None else ref_k[i],
-                None if ref_v is None else ref_v[i],
+                packed[i] if packed is not None else None if ref_k is None else (ref_k[i], ref_v[i]),
+                strength,
             )
         x = x[:, :rows].unflatten(1, (frames, -1))
         e = e[:, :frames]

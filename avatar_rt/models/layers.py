@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from avatar_rt import ops
 from avatar_rt.config import DiTConfig
+from avatar_rt.ops import PackedReference
+
+ReferenceRows = tuple[Tensor, Tensor] | PackedReference | None  # of one block: k and v [B, R, N, D], packed, or none
 
 
 def linear_fp32(linear: nn.Linear, x: Tensor) -> Tensor:
@@ -79,11 +82,12 @@ class SelfAttention(Attention):
         k = ops.qk_norm_rope(self.heads(self.k(x_BLC)), self.norm_k.weight, *rope, eps=eps)
         return q, k, self.heads(self.v(x_BLC))
 
-    def generated(
-        self, x_BGC: Tensor, rope: tuple[Tensor, Tensor], ref_k: Tensor | None, ref_v: Tensor | None
-    ) -> Tensor:
+    def generated(self, x_BGC: Tensor, rope: tuple[Tensor, Tensor], ref: ReferenceRows, strength: float) -> Tensor:
         q, k, v = self.qkv(x_BGC, rope)
-        return self.o(ops.sparse_reference_attention(q, k, v, ref_k, ref_v).flatten(2))
+        if isinstance(ref, PackedReference):
+            return self.o(ops.sparse_reference_attention(q, k, v, packed=ref, strength=strength).flatten(2))
+        ref_k, ref_v = ref or (None, None)
+        return self.o(ops.sparse_reference_attention(q, k, v, ref_k, ref_v, strength=strength).flatten(2))
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor, pattern: str, window: int, num_frames: int) -> Tensor:
         """What reference rows see of each other. q, k, v: [B, R, N, D], R frame-major."""
@@ -182,13 +186,13 @@ class Block(nn.Module):
         position: Tensor | None,
         num_frames: int,
         rows: int,
-        ref_k: Tensor | None,
-        ref_v: Tensor | None,
+        ref: ReferenceRows,
+        strength: float,
     ) -> Tensor:
         """Generated rows x [B, G, C] fp32: the first ``rows`` are of ``num_frames`` frames, the rest of the anchor."""
         m = self.modulations(e)
         h = ops.layernorm_modulate(x, m[0], m[1], index, eps=self.eps)
-        x = ops.gate_residual(x, self.self_attn.generated(h, rope, ref_k, ref_v), m[2], index)
+        x = ops.gate_residual(x, self.self_attn.generated(h, rope, ref, strength), m[2], index)
         x = x + self.cross_attn(self.norm3(x), text)
         if audio is not None:
             heard = self.audio_attn.driving(self.norm4(x[:, :rows]), audio, position, num_frames)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,13 @@ class Conditions:
     empty_text: Tensor
 
 
+def _rows(ref: ReferenceCache | None) -> dict[str, Any]:
+    """The reference as the transformer takes it: packed where it was packed."""
+    if ref is None:
+        return {}
+    return {"ref_k": ref.k, "ref_v": ref.v} if ref.packed is None else {"packed": ref.packed}
+
+
 @stage("denoise")
 def denoise_chunk(
     dit: VideoRefDiT,
@@ -98,7 +106,7 @@ def denoise_chunk(
                 dv, dm = dit(
                     latents, t_frames, given.text if p.text else given.empty_text, given.audio if p.audio else None,
                     anchor=anchor, anchor_t=torch.zeros(1, device=device), motion=motion,
-                    ref_k=None if ref is None else ref.k, ref_v=None if ref is None else ref.v,
+                    **_rows(ref), strength=schedule.reference_strength,
                 )  # fmt: skip
             v = v + p.weight * dv
             vm = None if vm is None else vm + p.weight * dm

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from avatar_rt.models.dit import VideoRefDiT, with_masks
 from avatar_rt.models.motion import MotionEncoder, group_motion
 from avatar_rt.models.speech import SpeechEncoder
 from avatar_rt.models.vae import VideoVAE
+from avatar_rt.ops import PackedReference, pack_reference
 from avatar_rt.runtime.trace import stage
 
 
@@ -37,10 +38,16 @@ class ReferenceContext:
 
 @dataclass(frozen=True)
 class ReferenceCache:
-    """K and V of the reference rows in every block, [layers, 1, R, N, D] each."""
+    """K and V of the reference rows in every block.
+
+    Attributes:
+        k, v: [layers, 1, R, N, D] each.
+        packed: The same, per block, as this machine's attention kernel reads them; None when not packed.
+    """
 
     k: Tensor
     v: Tensor
+    packed: tuple[PackedReference, ...] | None = None
 
 
 def to_video(frames: np.ndarray) -> Tensor:
@@ -96,6 +103,11 @@ def read_motion(video: Tensor, motion: MotionEncoder) -> Tensor:
 
 
 @stage("reference.cache")
+def pack_cache(cache: ReferenceCache) -> ReferenceCache:
+    """The cache with its packed form, made once per request: the same bits come out of attention."""
+    return replace(cache, packed=tuple(pack_reference(k, v) for k, v in zip(cache.k, cache.v, strict=True)))
+
+
 def encode_reference(dit: VideoRefDiT, context: ReferenceContext) -> ReferenceCache:
     """The reference's K/V in every block: depends on the context and the weights, on nothing else."""
     return ReferenceCache(*dit.encode_reference(context.latents, context.text, context.audio, context.motion))

@@ -62,6 +62,7 @@ class Schedule:
     passes: tuple[GuidancePass, ...]
     chunk: ChunkConfig
     seed: int
+    reference_strength: float = 1.0
 
     def plan(self, index: int) -> ChunkPlan:
         """The ``index``-th chunk of an endless timeline; every chunk has the same length."""
@@ -80,4 +81,4 @@ class Schedule:
 def make_schedule(sampling: SamplingConfig, chunk: ChunkConfig, seed: int, *, has_text: bool) -> Schedule:
     """Raises InputError on an impossible number of steps."""
     times = flow_times(sampling.steps, sampling.shift)
-    return Schedule(tuple(times), guidance_passes(sampling, has_text), chunk, seed)
+    return Schedule(tuple(times), guidance_passes(sampling, has_text), chunk, seed, sampling.reference_strength)
