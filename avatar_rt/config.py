@@ -313,7 +313,7 @@ _WAN_VAE = VAEConfig(
 
 PRESETS: dict[str, AvatarConfig] = {
     "tiny": AvatarConfig(
-        name="tiny", height=64, width=64, output_scale=4, reference_latents=8,
+        name="tiny", height=64, width=64, output_scale=4, reference_latents=16,
         dit=DiTConfig(dim=256, ffn_dim=512, num_heads=4, num_layers=5, text_dim=64, text_len=16, mask_channels=2,
                       reference=True, anchor=True, audio_dim=128, reference_audio_dim=128, audio_adapter_dim=32,
                       motion_dim=4 * MOTION_CHANNELS),
