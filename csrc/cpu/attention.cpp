@@ -52,8 +52,8 @@ struct Plan {
         chunks = (frame_rows + chunk_rows - 1) / chunk_rows;
         // Few large tasks leave threads idle; a smaller task only means that its keys are read for fewer rows at a
         // time.
-        if (a.num_threads > 1 && a.batch * a.heads * a.num_frames * chunks < 4 * a.num_threads) {
-            chunk_rows = kernel.tile_rows;
+        while (a.num_threads > 1 && chunk_rows > kernel.tile_rows && num_tasks() < 4 * a.num_threads) {
+            chunk_rows /= 2;
             chunks = (frame_rows + chunk_rows - 1) / chunk_rows;
         }
     }

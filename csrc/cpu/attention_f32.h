@@ -80,11 +80,12 @@ struct F32Policy {
             fill_wide<int8_t>(block, range, first, head_dim);
         } else if constexpr (kWiden) {
             fill_wide<Input>(block, range, first, head_dim);
+        } else if (range.k_stride == head_dim && range.v_stride == head_dim) {
+            block->k = static_cast<const float*>(range.k) + first * head_dim;
+            block->v = static_cast<const float*>(range.v) + first * head_dim;
+            block->k_stride = block->v_stride = head_dim;
         } else {
-            block->k = static_cast<const float*>(range.k) + first * range.k_stride;
-            block->v = static_cast<const float*>(range.v) + first * range.v_stride;
-            block->k_stride = range.k_stride;
-            block->v_stride = range.v_stride;
+            fill_wide<float>(block, range, first, head_dim);
         }
     }
 
@@ -139,8 +140,10 @@ struct F32Policy {
     static void values(const Block& b, const float* weights, int head_dim, float* out, const typename V::F* alpha) {
         constexpr int kStep = NV * V::kWidth;
         int d = 0;
-        for (; d + 6 <= head_dim; d += 6)
+        for (; d + 6 <= head_dim && head_dim - d != 8; d += 6)
             value_rows<V, NV, 6>(b.v + d, b.v_stride, b.rows, weights, out + d * kStep, alpha);
+        for (; d + 4 <= head_dim; d += 4)
+            value_rows<V, NV, 4>(b.v + d, b.v_stride, b.rows, weights, out + d * kStep, alpha);
         for (; d + 2 <= head_dim; d += 2)
             value_rows<V, NV, 2>(b.v + d, b.v_stride, b.rows, weights, out + d * kStep, alpha);
         if (d < head_dim) value_rows<V, NV, 1>(b.v + d, b.v_stride, b.rows, weights, out + d * kStep, alpha);

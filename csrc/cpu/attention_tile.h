@@ -16,8 +16,8 @@
 namespace avatar_rt::cpu {
 namespace {
 
-constexpr int kBlock = 96;  // keys per softmax step: a multiple of the 6-row register tile
-constexpr int kTiles = 4;   // tiles that share one pass over the keys, so that each key block is read from cache
+constexpr int kBlock = 144;  // keys per softmax step: even, and a multiple of the 6-row register tile
+constexpr int kTiles = 8;    // tiles that share one pass over the keys, so that each key block is read from cache
 
 // Channels that a score sums at a time: a long sum is as exact as the short ones it is made of. Both passes do the
 // same, or the weights that the backward pass remakes would not be those that the LSE is of.
