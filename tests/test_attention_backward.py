@@ -81,17 +81,18 @@ def test_sparse_accuracy(shape, dtype, isa):
     [(6, 6, 1, None), (85, 5, 1, 130), (280, 4, 0, 3), (84, 3, 7, 9), (700, 5, 1, None), (64, 16, 2, 200)],
 )
 def test_local_accuracy(rows, num_frames, radius, reference, dtype, isa):
-    args = inputs((2, rows, rows, reference, 2, 64), dtype)
+    batch = max(2, 360 // rows)  # few numbers have no worst error to speak of: one lucky draw would decide
+    args = inputs((batch, rows, rows, reference, 2, 64), dtype)
     mask = band_mask(rows, num_frames, radius, reference or 0)
-    check(args, make(2, rows, 2, 64, dtype), 0.125, num_frames, radius, mask, isa=isa)
+    check(args, make(batch, rows, 2, 64, dtype), 0.125, num_frames, radius, mask, isa=isa)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("strength", [0.25, 1.0, 3.0])
 def test_strength_and_gradient_of_lse(strength, dtype, isa):
-    args = inputs((2, 60, 60, 130, 2, 48), dtype)
-    grad, grad_lse = make(2, 60, 2, 48, dtype), torch.randn(2, 2, 60)
+    args = inputs((6, 60, 60, 130, 2, 48), dtype)
+    grad, grad_lse = make(6, 60, 2, 48, dtype), torch.randn(6, 2, 60)
     check(args, grad, 0.2, strength=strength, isa=isa)
     check(args, grad, 0.2, strength=strength, grad_lse=grad_lse, isa=isa)
     check(args, grad, 0.2, 5, 1, band_mask(60, 5, 1, 130), strength, grad_lse, isa)

@@ -36,10 +36,10 @@ int64_t pieces(int64_t rows, int64_t most) {
     return (rows + most - 1) / most;
 }
 
-// `rows` in equal blocks of at most kBackwardRows, whose size is a multiple of `step`.
+// `rows` in equal blocks of at most `most`, whose size is a multiple of `step`.
 struct Blocks {
     int64_t rows, count, size;
-    Blocks(int64_t rows, int64_t step) : rows(rows), count(pieces(rows, kBackwardRows)) {
+    Blocks(int64_t rows, int64_t most, int64_t step) : rows(rows), count(pieces(rows, most)) {
         size = pieces(pieces(rows, std::max<int64_t>(count, 1)), step) * step;
         size = std::max<int64_t>(size, step);
     }
@@ -68,13 +68,13 @@ struct Plan {
           element(a.call.dtype == DType::f32 ? 4 : 2),
           heads(a.call.batch * a.call.heads),
           frames(a.call.radius < a.call.num_frames - 1 ? a.call.num_frames : 1),
-          queries(a.call.q.rows / frames, 16),
-          fresh(frames > 1 ? a.call.q.rows / frames : a.call.k.rows, 12),
-          reference(a.call.strength > 0 ? a.call.ref_k.rows : 0, 12) {
+          queries(a.call.q.rows / frames, kBackwardRows, 16),
+          fresh(frames > 1 ? a.call.q.rows / frames : a.call.k.rows, kernel.key_rows, 12),
+          reference(a.call.strength > 0 ? a.call.ref_k.rows : 0, kernel.key_rows, 12) {
         num_queries = frames * queries.count;
         num_fresh = frames * fresh.count;
         num_keys = num_fresh + reference.count;
-        chunks = std::min<int64_t>(kBackwardChunks, pieces(num_keys, 4));
+        chunks = std::min<int64_t>(kBackwardChunks, pieces(num_keys * kernel.key_rows, 384));
         const int head_dim = static_cast<int>(call.head_dim);
         packed_stride = kernel.packed_bytes(head_dim, static_cast<int>(queries.size));
         dq_stride = args.dq ? static_cast<size_t>(queries.size) * kernel.sum_channels(head_dim) : 0;
@@ -210,7 +210,7 @@ double flops(const Plan& plan) {
     for (int64_t key = 0; key < plan.num_keys; ++key) {
         int64_t first, last;
         plan.seen_by(key, &first, &last);
-        seen += static_cast<double>(last - first) * plan.queries.size * kBackwardRows;
+        seen += static_cast<double>(last - first) * plan.queries.size * plan.kernel.key_rows;
     }
     return 10.0 * plan.heads * plan.call.head_dim * seen;
 }

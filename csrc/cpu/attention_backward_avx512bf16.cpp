@@ -12,7 +12,7 @@ struct BackwardPairs {
     using Element = uint16_t;
     using Unit = uint32_t;
     using Lanes = __m512i;
-    static constexpr int kDepth = 2;
+    static constexpr int kDepth = 2, kKeyRows = 96;
 
     static __m512i lanes(const uint32_t* p) { return _mm512_loadu_si512(p); }
     static __m512i spread(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }

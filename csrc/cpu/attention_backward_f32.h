@@ -14,7 +14,7 @@ struct BackwardF32 {
     using Element = Input;
     using Unit = float;
     using Lanes = F;
-    static constexpr int kDepth = 1;
+    static constexpr int kDepth = 1, kKeyRows = 192;
 
     static F lanes(const float* p) { return V::load(p); }
     static F spread(float x) { return V::set1(x); }

@@ -7,7 +7,7 @@
 
 namespace avatar_rt::cpu {
 
-constexpr int kBackwardRows = 96;   // most queries or keys in a block
+constexpr int kBackwardRows = 96;   // most queries in a block, and keys that meet them at a time
 constexpr int kBackwardChunks = 8;  // most partial sums of dq
 
 struct QueryPackJob {
@@ -44,6 +44,7 @@ struct QuerySumJob {
 };
 
 struct AttentionBackwardKernel {
+    int key_rows;  // most keys in a block: each packed block of queries is fetched once for all of them
     size_t (*packed_bytes)(int head_dim, int block_rows);  // of one block of queries; block_rows: a multiple of 16
     int (*sum_channels)(int head_dim);                     // floats per row of dq sums
     size_t (*scratch_bytes)(int head_dim);                 // that keys() needs

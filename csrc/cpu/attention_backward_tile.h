@@ -205,7 +205,7 @@ struct KeyScratch {
 
     KeyScratch(void* memory, int head_dim) {
         const Sizes<P> sizes(head_dim);
-        constexpr size_t rows = kBackwardRows, square = rows * rows / P::kDepth;
+        constexpr size_t lanes = kBackwardRows, square = lanes * lanes / P::kDepth, rows = P::kKeyRows;
         take(&k, memory, rows * sizes.width, &size);
         take(&v, memory, rows * sizes.width, &size);
         take(&p, memory, square, &size);
@@ -214,8 +214,8 @@ struct KeyScratch {
         deep_ds = ds;
         if (P::kDepth > 1) take(&deep_k, memory, rows / P::kDepth * sizes.channels, &size);
         if (P::kDepth > 1) take(&deep_ds, memory, square, &size);
-        take(&s, memory, kStrip * rows, &size);
-        take(&dp, memory, kStrip * rows, &size);
+        take(&s, memory, kStrip * lanes, &size);
+        take(&dp, memory, kStrip * lanes, &size);
         take(&dk, memory, rows * sizes.channels, &size);
         take(&dv, memory, rows * sizes.channels, &size);
     }
@@ -236,19 +236,35 @@ void scores(int run, const typename P::Unit* a, const Sizes<P>& sizes, int rows,
                          sizes.steps - t < run ? sizes.steps - t : run, to, lanes, t > 0);
 }
 
-// p and ds of a block of keys against a block of queries, a strip of keys at a time.
+// p and ds of keys [first, first + rows) of a block against a block of queries, a strip of keys at a time.
 template <class P>
-void weigh(const KeyBlockJob& job, const Queries<P>& queries, int lanes, const KeyScratch<P>& to) {
+void weigh(const KeyBlockJob& job, int first, int rows, const Queries<P>& queries, int lanes, const KeyScratch<P>& to) {
     const Sizes<P> sizes(job.head_dim);
-    const int vectors = lanes / P::V::kWidth, rows = up(job.rows, 2);
+    const int vectors = lanes / P::V::kWidth;
+    const typename P::Unit *k = to.k + first * sizes.width, *v = to.v + first * sizes.width;
     for (int at = 0; at < rows; at += kStrip) {
-        const int strip = rows - at < kStrip ? rows - at : kStrip;
-        scores<P>(kRun / P::kDepth, to.k + at * sizes.width, sizes, strip, queries.turned_q, vectors, to.s);
-        scores<P>(kRunOfGrad / P::kDepth, to.v + at * sizes.width, sizes, strip, queries.turned_grad, vectors, to.dp);
-        const int own = job.rows - at < strip ? job.rows - at : strip;
+        const int own = rows - at < kStrip ? rows - at : kStrip, strip = up(own, 2);
+        scores<P>(kRun / P::kDepth, k + at * sizes.width, sizes, strip, queries.turned_q, vectors, to.s);
+        scores<P>(kRunOfGrad / P::kDepth, v + at * sizes.width, sizes, strip, queries.turned_grad, vectors, to.dp);
         P::weigh(to.s, to.dp, own, lanes, job.scale_log2, job.bias_log2, queries, to.p + at * lanes / P::kDepth,
                  to.ds + at * lanes / P::kDepth, to.deep_ds + at / P::kDepth * lanes);
     }
+}
+
+// All five products of keys [first, first + rows) against query block i.
+template <class P>
+void run_pair(const KeyBlockJob& job, int first, int rows, int64_t i, const KeyScratch<P>& own) {
+    const Sizes<P> sizes(job.head_dim);
+    const int64_t left = job.frame_rows - i % job.blocks_per_frame * job.block_rows;
+    const int lanes = up(static_cast<int>(left < job.block_rows ? left : job.block_rows), P::V::kWidth);
+    const Queries<P> queries(const_cast<char*>(job.packed + i * job.packed_stride), job.head_dim, lanes);
+    weigh<P>(job, first, rows, queries, lanes, own);
+    const int c = sizes.channels, vectors = c / P::V::kWidth, depth = lanes / P::kDepth, keys = up(rows, 2);
+    if (job.dv) product<P, true>(own.p, depth, keys, queries.grad, c, vectors, depth, own.dv + first * c, c, true);
+    if (job.dk) product<P, true>(own.ds, depth, keys, queries.q, c, vectors, depth, own.dk + first * c, c, true);
+    if (job.dq)
+        product<P, false>(own.deep_ds, lanes, lanes, own.deep_k + first / P::kDepth * c, c, vectors, keys / P::kDepth,
+                          job.dq + i * job.dq_stride, c, true);
 }
 
 template <class E>
@@ -263,29 +279,16 @@ void run_keys(const KeyBlockJob& job, void* memory) {
     using E = typename P::Element;
     const Sizes<P> sizes(job.head_dim);
     const KeyScratch<P> own(memory, job.head_dim);
-    const int rows = up(job.rows, 2), vectors = sizes.channels / P::V::kWidth;
+    const int rows = up(job.rows, 2);
     P::spell(static_cast<const E*>(job.k), job.k_stride, job.rows, rows, job.head_dim, sizes.width, own.k);
     P::spell(static_cast<const E*>(job.v), job.v_stride, job.rows, rows, job.head_dim, sizes.width, own.v);
     if (P::kDepth > 1)
         P::deepen(static_cast<const E*>(job.k), job.k_stride, job.rows, rows, job.head_dim, sizes.channels, own.deep_k);
     std::memset(own.dk, 0, sizeof(float) * rows * sizes.channels);
     std::memset(own.dv, 0, sizeof(float) * rows * sizes.channels);
-    for (int64_t i = job.first; i < job.last; ++i) {
-        const int64_t left = job.frame_rows - i % job.blocks_per_frame * job.block_rows;
-        const int lanes = up(static_cast<int>(left < job.block_rows ? left : job.block_rows), P::V::kWidth);
-        const Queries<P> queries(const_cast<char*>(job.packed + i * job.packed_stride), job.head_dim, lanes);
-        weigh<P>(job, queries, lanes, own);
-        const int depth = lanes / P::kDepth;
-        if (job.dv)
-            product<P, true>(own.p, depth, rows, queries.grad, sizes.channels, vectors, depth, own.dv, sizes.channels,
-                             true);
-        if (job.dk)
-            product<P, true>(own.ds, depth, rows, queries.q, sizes.channels, vectors, depth, own.dk, sizes.channels,
-                             true);
-        if (job.dq)
-            product<P, false>(own.deep_ds, lanes, lanes, own.deep_k, sizes.channels, vectors, rows / P::kDepth,
-                              job.dq + i * job.dq_stride, sizes.channels, true);
-    }
+    for (int64_t i = job.first; i < job.last; ++i)
+        for (int first = 0; first < job.rows; first += kBackwardRows)
+            run_pair<P>(job, first, job.rows - first < kBackwardRows ? job.rows - first : kBackwardRows, i, own);
     if (job.dk) write_rows<E>(own.dk, sizes.channels, job.rows, job.head_dim, job.scale, job.dk, job.grad_stride);
     if (job.dv) write_rows<E>(own.dv, sizes.channels, job.rows, job.head_dim, 1.f, job.dv, job.grad_stride);
 }
@@ -313,7 +316,8 @@ void sum_queries(const QuerySumJob& job) {
 
 template <class P>
 constexpr AttentionBackwardKernel make_backward_kernel() {
-    return {&packed_bytes<P>, &sum_channels<P>, &key_scratch_bytes<P>, &pack<P>, &run_keys<P>, &sum_queries<P>};
+    return {P::kKeyRows, &packed_bytes<P>, &sum_channels<P>, &key_scratch_bytes<P>,
+            &pack<P>,    &run_keys<P>,     &sum_queries<P>};
 }
 
 }  // namespace
