@@ -321,7 +321,7 @@ PRESETS: dict[str, AvatarConfig] = {
                       temporal_downsample=(True, True), patch=2, time_kernel=(1, 1, 1)),
         text=TextConfig(dim=64, length=16, buckets=2048),
         chunk=ChunkConfig(latents=8, overlap=2),
-        sampling=SamplingConfig(steps=20, shift=3.0, reference_scale=2.0, audio_scale=2.5),
+        sampling=SamplingConfig(steps=20, shift=3.0, reference_scale=3.0, audio_scale=2.5),
     ),
     "wan_1_3b": AvatarConfig(
         name="wan_1_3b", height=480, width=832, vae=_WAN_VAE,
