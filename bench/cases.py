@@ -100,6 +100,7 @@ def energy(frames: np.ndarray) -> float:
 class Scores:
     """Means over the cases; ``own`` and ``other`` are correlations of mouth opening with the truth.
 
+    ``retrieval_top1_vae`` is the true videos' behind the VAE: what a perfect transformer would reach.
     ``energy_ratio`` is over the true video as the VAE shows it: the VAE takes camera noise away, which also moves.
     """
 
@@ -107,6 +108,7 @@ class Scores:
     vae_psnr_db: float
     retrieval_top1: float
     retrieval_top1_truth: float
+    retrieval_top1_vae: float
     faces_missed: int
     mouth_r_own: float
     mouth_r_other: float
@@ -139,6 +141,7 @@ def score(engine: AvatarEngine, cases: list[Case], videos: list[np.ndarray], sec
         vae_psnr_db=float(np.mean([psnr for _, psnr in kept])),
         retrieval_top1=own_top1,
         retrieval_top1_truth=top1([c.target for c in cases])[0],
+        retrieval_top1_vae=top1([video for video, _ in kept])[0],
         faces_missed=missed,
         mouth_r_own=float(np.diag(grid).mean()),
         mouth_r_other=float(grid[~np.eye(n, dtype=bool)].mean()) if n > 1 else 0.0,

@@ -51,6 +51,7 @@ def _cases(data: dict) -> list[str]:
         f"| VAE: PSNR of the true video, dB | {r['vae_psnr_db']:.1f} | |",
         f"| face retrieves its own reference, top-1 of {r['cases']} | {r['retrieval_top1']:.0%} "
         f"| {r['retrieval_top1_truth']:.0%} |",
+        f"| the same for the true video behind the VAE, a perfect transformer's | {r['retrieval_top1_vae']:.0%} | |",
         f"| mouth opening against the true one, r | {r['mouth_r_own']:.2f} | {r['mouth_r_truth']:.2f} |",
         f"| mouth opening against another case's, r | {r['mouth_r_other']:.2f} | |",
         f"| motion energy over the true video's behind the VAE, median | {r['energy_ratio_median']:.2f} | 1 |",
