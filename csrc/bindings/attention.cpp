@@ -69,7 +69,7 @@ void attention(const TensorArg& q, const std::optional<TensorArg>& k, const std:
 
 // A packed tensor [B, N, ...] of contiguous heads, as the view of one that has `rows` rows of `row_size` elements.
 cpu::View packed_view(const std::string& name, const TensorArg& x, const std::string& dtype,
-                 const std::vector<int64_t>& shape, int64_t rows, int64_t row_size) {
+                      const std::vector<int64_t>& shape, int64_t rows, int64_t row_size) {
     if (x.shape != shape) input_error(name + ": expected shape " + list(shape) + ", got " + list(x.shape));
     if (x.dtype != dtype) input_error(name + ": expected dtype " + dtype + ", got " + x.dtype);
     int64_t step = 1;
