@@ -1,0 +1,30 @@
+"""What a measure is: its name, unit and which way is better. Every module of measures lists its own as ``MEASURES``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One column of the results.
+
+    Attributes:
+        key: Column name, snake case.
+        title: A few words for tables and plots.
+        unit: Of the values; "" for a ratio or a correlation.
+        better: ``higher``, ``lower``, or ``target``: the nearer to ``target`` the better.
+        target: The best value where ``better`` is ``target``.
+        group: Table it stands in: identity, sync, motion, style, visual, drift.
+    """
+
+    key: str
+    title: str
+    unit: str
+    better: str
+    group: str
+    target: float = 0.0
+
+    def cost(self, value: float) -> float:
+        """The value turned so that less is better."""
+        return {"higher": -value, "lower": value}.get(self.better, abs(value - self.target))
