@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from test_attention import ISAS, band_mask, dense, inputs, make, plain
-from tolerance import assert_accurate, doubled, worst
+from tolerance import assert_accurate, doubled, typical, worst
 from torch import Tensor
 from torch.library import opcheck
 
@@ -50,8 +50,15 @@ def gradients(function, args: list[Tensor | None], grad: Tensor, grad_lse: Tenso
     return list(torch.autograd.grad(objective, [x for x in leaves if x is not None]))
 
 
-def check(args, grad, scale, num_frames=1, radius=0, mask=None, strength=1.0, grad_lse=None, isa=None) -> None:
-    """The kernel against fp64, allowed what plain torch errs in the same dtype: fused or step by step, the worse."""
+def check(
+    args, grad, scale, num_frames=1, radius=0, mask=None, strength=1.0, grad_lse=None, isa=None, fused_only=False
+) -> None:
+    """The kernel against fp64, allowed twice what plain torch errs in the same dtype.
+
+    Torch has two ways, fused and step by step. In root mean square the kernel is held against the better of them; its
+    worst element, which is one draw, against the worse. With scores in the hundreds the saved LSE's rounding rules,
+    which only the fused way shares: ``fused_only``.
+    """
     bias = bias_of(args, strength, mask)
     wide_grad_lse = None if grad_lse is None else grad_lse.double()
     truth = gradients(lambda *a: dense(*a, scale, bias), doubled(*args), grad.double(), wide_grad_lse)
@@ -63,6 +70,9 @@ def check(args, grad, scale, num_frames=1, radius=0, mask=None, strength=1.0, gr
     got = run_native_backward(grad, grad_lse, *args, out, lse, num_frames, radius, scale, strength, ALL, isa=isa)
     for a, c, *each in zip(got, truth, *by_torch, strict=True):
         assert_accurate(a, max(each, key=lambda b: worst(b, c)), c)
+        if c.numel() >= 1000:  # below, the mean itself is a draw
+            limit = 2 * min(typical(b, c) for b in each[fused_only:])
+            assert typical(a, c) <= limit, f"rms error {typical(a, c):.3e} is above {limit:.3e}"
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -155,12 +165,12 @@ def test_unwanted_gradients_cost_no_bits(isa):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_peaked_scores(dtype, isa):
     """Weights from 1 down to nothing, and an LSE far below zero."""
-    args = inputs((1, 33, 300, 200, 1, 32), dtype)
+    args = inputs((1, 33, 480, 20, 1, 32), dtype)
     args[1].mul_(6)
-    check(args, make(1, 33, 1, 32, dtype), 1.0, isa=isa)
-    q, k, v, _, _ = inputs((1, 33, 95, None, 1, 32), dtype)
+    check(args, make(1, 33, 1, 32, dtype), 1.0, isa=isa, fused_only=True)
+    q, k, v, _, _ = inputs((4, 60, 95, None, 2, 32), dtype)
     low = (q.copy_(torch.ones(q.shape)), k.copy_(torch.full(k.shape, -9.0)), v, None, None)
-    check(low, make(1, 33, 1, 32, dtype), 1.0, isa=isa)
+    check(low, make(4, 60, 2, 32, dtype), 1.0, isa=isa, fused_only=True)
 
 
 def test_strength_zero_is_no_reference():

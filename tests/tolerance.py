@@ -19,6 +19,11 @@ def worst(got: Tensor, truth: Tensor) -> float:
     return float("inf") if difference.isnan().any() else difference.max().item()
 
 
+def typical(got: Tensor, truth: Tensor) -> float:
+    """Root mean square of the differences, in fp64: what does not hang on one lucky or unlucky element."""
+    return (got.double() - truth).square().mean().sqrt().item() if got.numel() else 0.0
+
+
 def assert_accurate(got: Tensor, plain: Tensor, truth: Tensor) -> None:
     """``got`` and ``plain`` (torch's own composition) are in one dtype, ``truth`` is fp64 from the same inputs."""
     assert truth.dtype == torch.float64
