@@ -24,11 +24,12 @@ _BORDER = 0.3  # of the picture, repeated around it, for a face that fills it
 _SMOOTH_PLACE, _SMOOTH_SIZE = 0.3, 0.8  # seconds, standard deviations, as in media.face
 
 
-def find_faces(frames: np.ndarray) -> Faces:
+def find_faces(frames: np.ndarray, fps: float = FPS) -> Faces:
     """The largest and most central face through a video, looked for in every frame.
 
     Args:
-        frames: uint8 [F, H, W, 3] at 25 fps; crops of 64 pixels will do, they are enlarged first.
+        frames: uint8 [F, H, W, 3]; crops of 64 pixels will do, they are enlarged first.
+        fps: Frames per second, for what is set in seconds; of a few frames picked out of a video, their own rate.
 
     Returns: boxes smoothed in time and held where no face was found; where none was found at all, the place that a
         face-centred crop has its face, with ``found`` all False.
@@ -37,12 +38,12 @@ def find_faces(frames: np.ndarray) -> Faces:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
         raise InputError(f"frames: expected uint8 [F, H, W, 3], got {frames.dtype} {list(frames.shape)}")
     height, width = frames.shape[1:3]
-    seen = _follow([_look(frame) for frame in frames], height, width)
+    seen = _follow([_look(frame) for frame in frames], height, width, fps)
     found = np.array([box is not None for box in seen])
     if not found.any():
         nominal = np.array(NOMINAL_FACE, np.float32) * np.array([width, height, width, height], np.float32)
         return Faces(np.repeat(nominal[None], len(frames), 0), found)
-    return Faces(_smooth(np.stack([box for box in seen if box is not None]), found), found)
+    return Faces(_smooth(np.stack([box for box in seen if box is not None]), found, fps), found)
 
 
 def crops(frames: np.ndarray, faces: Faces, size: int) -> np.ndarray:
@@ -61,7 +62,7 @@ def _look(frame: np.ndarray) -> np.ndarray:
     return found[:, :4] - np.array([edge, edge, 0, 0], np.float32)
 
 
-def _follow(found: list[np.ndarray], height: int, width: int) -> list[np.ndarray | None]:
+def _follow(found: list[np.ndarray], height: int, width: int, fps: float) -> list[np.ndarray | None]:
     """Of each frame's faces the one that continues the best face of the video, or None."""
 
     def weight(face: np.ndarray) -> float:
@@ -77,7 +78,7 @@ def _follow(found: list[np.ndarray], height: int, width: int) -> list[np.ndarray
     for way in (range(start + 1, len(found)), range(start - 1, -1, -1)):
         last, at = path[start], start
         for i in way:
-            reach = 0.5 + abs(i - at) / FPS  # of a face height; a face that was away may come back elsewhere
+            reach = 0.5 + abs(i - at) / fps  # of a face height; a face that was away may come back elsewhere
             near = [f for f in found[i] if _distance(f, last) < reach]
             if near:
                 path[i] = last = min(near, key=lambda f: _distance(f, last))
@@ -92,12 +93,12 @@ def _distance(face: np.ndarray, last: np.ndarray) -> float:
     return float(np.hypot(*(face[:2] - last[:2])) / max(face[3], last[3]))
 
 
-def _smooth(seen: np.ndarray, found: np.ndarray) -> np.ndarray:
+def _smooth(seen: np.ndarray, found: np.ndarray, fps: float) -> np.ndarray:
     """Boxes of the found frames [n, 4] -> corners float32 [F, 4]: linear between them, held outside of them."""
     # A median of three takes out single wild detections.
     steady = median_filter(seen, size=(3, 1), mode="nearest")
     every, at = np.arange(len(found)), np.flatnonzero(found)
     boxes = np.stack([np.interp(every, at, steady[:, i]) for i in range(4)], axis=1)
-    boxes[:, :2] = gaussian_filter1d(boxes[:, :2], _SMOOTH_PLACE * FPS, axis=0, mode="nearest")
-    boxes[:, 2:] = np.exp(gaussian_filter1d(np.log(boxes[:, 2:]), _SMOOTH_SIZE * FPS, axis=0, mode="nearest"))
+    boxes[:, :2] = gaussian_filter1d(boxes[:, :2], _SMOOTH_PLACE * fps, axis=0, mode="nearest")
+    boxes[:, 2:] = np.exp(gaussian_filter1d(np.log(boxes[:, 2:]), _SMOOTH_SIZE * fps, axis=0, mode="nearest"))
     return np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], axis=1).astype(np.float32)

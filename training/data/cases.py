@@ -1,4 +1,4 @@
-"""The held-out cases: ``python -m training.data.cases --out DIR [--count 36]``; ``--demo`` makes the demonstration pair.
+"""The held-out cases: ``python -m training.data.cases --out DIR [--count 36]``; with ``--demo`` the demonstration pair.
 
 DIR/case-XX/ holds what a generation gets (reference.mp4 with sound, 8 s; scene.png; speech.wav, 4 s) and what it is
 measured against: target.mp4, the same person saying it in that scene; truth.npz of the target's frames: motion [F, 62],
