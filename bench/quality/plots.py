@@ -28,7 +28,8 @@ def _pyplot() -> Any:
     from matplotlib import pyplot
 
     pyplot.rcParams.update({
-        "svg.fonttype": "none", "text.parse_math": False, "svg.hashsalt": "avatar_rt", "font.size": 10, "font.family": "sans-serif",
+        "svg.fonttype": "none", "svg.hashsalt": "avatar_rt", "text.parse_math": False,
+        "font.size": 10, "font.family": "sans-serif",
         "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": FAINT,
         "grid.color": FAINT, "grid.linewidth": 0.5, "axes.spines.top": False, "axes.spines.right": False,
     })  # fmt: skip
