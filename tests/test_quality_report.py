@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ from media_files import numbered, write_video
 
 from avatar_rt.errors import InputError
 from bench.quality import report, videos
-from bench.quality.expected import Expectation
+from bench.quality.expected import Expectation, read_expectations
 from bench.quality.measure import Measure
 
 SHARP = Measure("sharp", "Sharpness", "", "higher", "visual")
@@ -109,6 +110,20 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     given[3] = str(tmp_path / "other")
     assert report.main([*given, "--measures", str(tmp_path / "measures.json")]) == 2
     assert "other files" in capsys.readouterr().err and (tmp_path / "other" / "precious.txt").is_file()
+
+
+def test_the_degraded_systems_have_expectations_of_known_measures() -> None:
+    path = Path(report.__file__).parent / "expected.json"
+    asked = read_expectations(path)
+    assert {e.better for e in asked} == {"truth"} and len({(e.measure, e.worse) for e in asked}) == len(asked)
+    assert {e.worse for e in asked} == {"frozen", "other", "shifted", "blurred", "drifting"} and all(
+        e.why for e in asked
+    )
+    known = {m.key for m in report.known_measures()}
+    absent = [f for f in report.FAMILIES if importlib.util.find_spec(f"bench.quality.{f}") is None]
+    if absent:
+        pytest.skip(f"the measures of {', '.join(absent)} are not here")
+    assert {e.measure for e in asked} <= known
 
 
 def test_folders_of_videos(tmp_path: Path) -> None:

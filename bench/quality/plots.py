@@ -43,7 +43,8 @@ def colour(index: int) -> str:
 def _themed(figure: Any, name: str, described: str) -> str:
     """The figure as SVG for inside a page: its ids prefixed, its black ink the page's ``currentColor``."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    tight = {"transparent": True, "bbox_inches": "tight", "pad_inches": 0.05}
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, **tight)
     _pyplot().close(figure)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -75,6 +76,7 @@ def distributions(name: str, summaries: Sequence[Sequence[Summary]]) -> str:
     figure, axes = plt.subplots(
         down, columns, figsize=(3.7 * columns, height), squeeze=False, sharey=True, layout="constrained"
     )
+    figure.get_layout_engine().set(wspace=0.08, hspace=0.06)
     for axis, row in zip(axes.flat, summaries):
         _panel(axis, row)
     for axis in axes.flat[len(summaries) :]:
@@ -124,6 +126,8 @@ def radar(name: str, axes_of: Sequence[str], systems: Mapping[str, Sequence[tupl
     axis.set_ylim(1, 5)
     axis.set_yticks([1, 2, 3, 4, 5], ["1", "2", "3", "4", "5"], fontsize=8)
     axis.set_xticks(angles, list(axes_of))
+    for tick, angle in zip(axis.get_xticklabels(), angles):  # labels stand outside of the rim
+        tick.set_horizontalalignment("center" if abs(np.sin(angle)) < 0.1 else "left" if np.sin(angle) > 0 else "right")
     axis.spines["polar"].set_color(FAINT)
     figure.legend(loc="outside right upper", frameon=False)
     return _themed(figure, name, "Mean opinion per dimension")

@@ -4,6 +4,8 @@
 player of all systems side by side. ``--versus SYSTEM`` is the one that the others are compared with, by default the
 first of the table. ``--expect FILE`` holds what degraded systems must do to the measures. DIR/index.html opens from the
 disk and needs nothing else. The last line printed is one JSON document.
+
+The degraded copies of the true videos are judged by ``--expect bench/quality/expected.json``.
 """
 
 from __future__ import annotations
@@ -229,7 +231,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cases", type=Path, help="folder of cases: CASE/reference.mp4, CASE/target.mp4")
     parser.add_argument("--videos", action="append", default=[], metavar="SYSTEM=DIR", help="CASE.mp4 of one system")
     parser.add_argument("--versus", help="the system to compare with; the table's first")
-    parser.add_argument("--expect", type=Path, help="what degraded systems must do, JSON")
+    parser.add_argument(
+        "--expect", type=Path, help="what degraded systems must do, JSON, as bench/quality/expected.json"
+    )
     parser.add_argument("--measures", type=Path, help="measures of further columns, JSON")
     parser.add_argument("--about", type=Path, help="names and values for the head, JSON; this machine")
     parser.add_argument("--title", default="Quality of generated video")
