@@ -132,6 +132,12 @@ def test_majority_counts_cases_whatever_the_side() -> None:
     assert found["strengths"]["a"]["strength"] > 0 > found["strengths"]["b"]["strength"]
 
 
+def test_raters_who_always_prefer_one_system_agree() -> None:
+    """As +1 throughout it would be no variety at all, and alpha undefined or near zero."""
+    sheets = [sheet(name, [chose("a", "b", f"c{i}", "left") for i in range(12)]) for name in ("x", "y", "z")]
+    assert preferences(sheets, ["a", "b"], [f"c{i}" for i in range(12)])["alpha"] == 1
+
+
 def test_bradley_terry_recovers_the_strengths_it_was_drawn_from() -> None:
     true = {"a": 1.0, "b": 0.3, "c": -0.2, "d": -1.1}
     rng, votes = np.random.default_rng(0), {}

@@ -115,7 +115,7 @@ def radar(name: str, axes_of: Sequence[str], systems: Mapping[str, Sequence[tupl
     plt = _pyplot()
     angles = np.linspace(0, 2 * np.pi, len(axes_of), endpoint=False)
     around = np.append(angles, angles[0])
-    figure, axis = plt.subplots(figsize=(6.4, 5.2), subplot_kw={"projection": "polar"}, layout="constrained")
+    figure, axis = plt.subplots(figsize=(8.4, 5.6), subplot_kw={"projection": "polar"}, layout="constrained")
     axis.set_facecolor("none")
     axis.set_theta_offset(np.pi / 2)
     axis.set_theta_direction(-1)

@@ -89,6 +89,17 @@ def failures_of(rows: Sequence[Mapping], summaries: Sequence[Summary]) -> list[d
     return found
 
 
+def _joined(failures: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Failures of one system that are told in the same words as one, with their cases side by side."""
+    cases: dict[tuple[str, ...], list[str]] = {}
+    for f in failures:
+        cases.setdefault((f["system"], f["what"], f["status"], f["why"]), []).append(f["case"])
+    return [
+        {"system": system, "what": what, "status": status, "why": why, "case": ", ".join(names)}
+        for (system, what, status, why), names in cases.items()
+    ]
+
+
 def show_cases(
     cases: Sequence[str], folder: Path | None, systems: Mapping[str, Path], out: Path
 ) -> tuple[list[Shown], list[dict]]:
@@ -101,7 +112,7 @@ def show_cases(
         played: dict[str, str] = {}
         for number, (who, found) in enumerate((given | sources).items()):
             if case not in found:
-                failed.append(_no_video(who, case, "no video", f"expected {case}.mp4"))
+                failed.append(_no_video(who, case, "no video", "there is none of that name"))
                 continue
             try:
                 copy, clip = videos.to_browser(found[case], out / "videos" / f"{number:02d}", case)
@@ -171,7 +182,8 @@ def build(
     page = pages.render(
         "report.html", title=title, facts=facts or {}, systems=names, cases=all_cases, versus=versus,
         ok={n: sum(r["system"] == n and r["status"] == "ok" for r in rows) for n in names},
-        groups=_groups(table), comparisons=comparisons, outcomes=outcomes, failures=failures, shown=shown,
+        groups=_groups(table), comparisons=comparisons, outcomes=outcomes, failures=_joined(failures),
+        failed=len(failures), shown=shown,
         unknown=[c for c in columns if c not in {m.key for m in measures}], link=plots.link,
         colours={n: plots.colour(i) for i, n in enumerate(names)}, data=_player_data(rows, measures, shown, names),
     )  # fmt: skip
