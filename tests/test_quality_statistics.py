@@ -14,6 +14,7 @@ from bench.quality.expected import Expectation, check, read_expectations
 from bench.quality.measure import Measure
 from bench.quality.statistics import (
     Failure,
+    centre,
     compare,
     holm,
     interval,
@@ -42,6 +43,15 @@ def test_trimmed_mean_cuts_a_tenth_at_each_end() -> None:
     assert trimmed_mean([-50, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 900]) == 5.5  # one of twelve at each end
     assert trimmed_mean([1, 2, 9]) == 4.0  # nothing to cut
     assert math.isnan(trimmed_mean([]))
+
+
+def test_a_share_is_not_trimmed() -> None:
+    """Trimmed, three failures in 36 would vanish."""
+    hits = [1.0] * 33 + [0.0] * 3
+    assert trimmed_mean(hits) == 1 and centre(hits) == pytest.approx(33 / 36)
+    low, high = interval(hits)
+    assert 0.75 < low < 33 / 36 < high <= 1
+    assert centre([*hits, 0.5]) == trimmed_mean([*hits, 0.5])
 
 
 def test_interval_covers_the_mean_it_is_for() -> None:

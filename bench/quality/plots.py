@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,7 +73,7 @@ def distributions(name: str, summaries: Sequence[Sequence[Summary]]) -> str:
     plt = _pyplot()
     columns = min(3, len(summaries))
     down, systems = math.ceil(len(summaries) / columns), len(summaries[0])
-    height = down * (0.75 + 0.27 * systems)
+    height = down * (1.0 + 0.25 * systems)
     figure, axes = plt.subplots(
         down, columns, figsize=(3.7 * columns, height), squeeze=False, sharey=True, layout="constrained"
     )
@@ -101,7 +102,9 @@ def _panel(axis: Any, row: Sequence[Summary]) -> None:
     if measure.better == "target":
         axis.axvline(measure.target, color=INK, linewidth=0.8, linestyle=(0, (3, 3)), alpha=0.7)
     way = {"higher": "better →", "lower": "← better", "target": f"best at {measure.target:g}"}[measure.better]
-    axis.set_title(f"{measure.title}{f', {measure.unit}' if measure.unit else ''}   ({way})", fontsize=9, loc="left")
+    told = textwrap.fill(measure.title, 40, max_lines=2, placeholder=" …")
+    axis.set_title(told, fontsize=9, loc="left")
+    axis.set_xlabel(f"{measure.unit}, {way}" if measure.unit else way, fontsize=8)
     axis.set_yticks(range(len(row)), [s.system for s in row])
     axis.set_ylim(len(row) - 0.4, -0.6)
     axis.tick_params(axis="y", length=0)

@@ -67,36 +67,38 @@ def read_measures(path: Path) -> tuple[Measure, ...]:
         raise InputError(f"{path}: expected a list of measures in JSON with {expected}, got {e}") from None
 
 
+def _failure(system: str, case: str, what: str, status: str, why: str) -> dict[str, str]:
+    return {"system": system, "case": case, "what": what, "status": status, "why": why}
+
+
 def failures_of(rows: Sequence[Mapping], summaries: Sequence[Summary]) -> list[dict[str, str]]:
-    """Every (system, case) without a result, then every value that is missing in a row that is ok, cases together."""
+    """Every (system, case) without a result, then every value that is missing in a row that is ok."""
     cases, found = cases_of(rows), []
     for system in systems_of(rows):
         of_case = {r["case"]: r for r in rows if r["system"] == system}
         for case in cases:
-            row = of_case.get(case)
-            if row is None or row["status"] != "ok":
-                status, reason = (
-                    (NO_ROW, "") if row is None else (row["status"] or "no status", row.get("reason") or "")
-                )
-                found.append({"system": system, "case": case, "what": "all measures", "status": status, "why": reason})
+            row = of_case.get(case, {"status": NO_ROW})
+            if row["status"] != "ok":
+                status, why = row["status"] or "no status", row.get("reason") or ""
+                found.append(_failure(system, case, "all measures", status, why))
     for s in summaries:
-        if missed := [f for f in s.failures if f.status == NOT_MEASURED]:
-            told = "; ".join(dict.fromkeys(f.reason for f in missed if f.reason))
-            names = ", ".join(f.case for f in missed)
-            found.append(
-                {"system": s.system, "case": names, "what": s.measure.title, "status": NOT_MEASURED, "why": told}
-            )
+        missed = (f for f in s.failures if f.status == NOT_MEASURED)
+        found += [_failure(s.system, f.case, s.measure.title, NOT_MEASURED, f.reason) for f in missed]
     return found
 
 
-def _joined(failures: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """Failures of one system that are told in the same words as one, with their cases side by side."""
-    cases: dict[tuple[str, ...], list[str]] = {}
+def _joined(failures: Sequence[dict[str, str]], names: Sequence[str], cases: Sequence[str]) -> list[dict[str, str]]:
+    """Failures told in the same words as one, their cases side by side; then systems with the same cases as one."""
+    of_case: dict[tuple[str, ...], list[str]] = {}
     for f in failures:
-        cases.setdefault((f["system"], f["what"], f["status"], f["why"]), []).append(f["case"])
+        of_case.setdefault((f["what"], f["status"], f["why"], f["system"]), []).append(f["case"])
+    of_system: dict[tuple[str, ...], list[str]] = {}
+    for (what, status, why, system), some in of_case.items():
+        told = f"all {len(cases)} cases" if len(some) == len(cases) else ", ".join(some)
+        of_system.setdefault((what, status, why, told), []).append(system)
     return [
-        {"system": system, "what": what, "status": status, "why": why, "case": ", ".join(names)}
-        for (system, what, status, why), names in cases.items()
+        _failure("every system" if set(names) <= set(some) else ", ".join(some), told, what, status, why)
+        for (what, status, why, told), some in of_system.items()
     ]
 
 
@@ -112,22 +114,18 @@ def show_cases(
         played: dict[str, str] = {}
         for number, (who, found) in enumerate((given | sources).items()):
             if case not in found:
-                failed.append(_no_video(who, case, "no video", "there is none of that name"))
+                failed.append(_failure(who, case, "video", "no video", "there is none of that name"))
                 continue
             try:
                 copy, clip = videos.to_browser(found[case], out / "videos" / f"{number:02d}", case)
             except InputError as e:
-                failed.append(_no_video(who, case, "unreadable video", str(e)))
+                failed.append(_failure(who, case, "video", "unreadable video", str(e)))
                 continue
             picture = videos.strip(clip.frames, COLUMNS, HEIGHT)
             path = videos.write_picture(out / "strips" / f"{number:02d}" / f"{case}.jpg", picture)
             strips[who], played[who] = path.relative_to(out).as_posix(), copy.relative_to(out).as_posix()
         shown.append(Shown(case, strips, played))
     return shown, failed
-
-
-def _no_video(who: str, case: str, status: str, why: str) -> dict[str, str]:
-    return {"system": who, "case": case, "what": "video", "status": status, "why": why}
 
 
 def about() -> dict[str, str]:
@@ -182,7 +180,7 @@ def build(
     page = pages.render(
         "report.html", title=title, facts=facts or {}, systems=names, cases=all_cases, versus=versus,
         ok={n: sum(r["system"] == n and r["status"] == "ok" for r in rows) for n in names},
-        groups=_groups(table), comparisons=comparisons, outcomes=outcomes, failures=_joined(failures),
+        groups=_groups(table), comparisons=comparisons, outcomes=outcomes, failures=_joined(failures, names, all_cases),
         failed=len(failures), shown=shown,
         unknown=[c for c in columns if c not in {m.key for m in measures}], link=plots.link,
         colours={n: plots.colour(i) for i, n in enumerate(names)}, data=_player_data(rows, measures, shown, names),

@@ -45,7 +45,7 @@ class Summary:
     """One measure of one system.
 
     Attributes:
-        mean, low, high: Trimmed mean and its bootstrap interval, in the measure's unit; NaN without a value.
+        mean, low, high: ``centre`` and its bootstrap interval, in the measure's unit; NaN without a value.
         values: {case: value} of the cases that count.
         failures: The others. ``len(values) + len(failures)`` is the number of cases.
     """
@@ -68,8 +68,8 @@ class Comparison:
     """Two systems in one measure, on the cases that both have.
 
     Attributes:
-        mean_a, mean_b: Trimmed means over the shared cases.
-        gain, low, high: Trimmed mean over cases of cost(b) - cost(a) and its interval: above zero, a is better.
+        mean_a, mean_b: ``centre`` over the shared cases.
+        gain, low, high: ``centre`` over cases of cost(b) - cost(a) and its interval: above zero, a is better.
         won, tied, lost: Cases where a is better, equal, worse.
         p: Two-sided Wilcoxon signed-rank test of the gains; ``p_holm`` after Holm over the measures of its group.
         only_a, only_b: Cases that one system alone has.
@@ -158,13 +158,26 @@ def trimmed_mean(values: np.ndarray | Sequence[float]) -> float:
     return float(stats.trim_mean(np.asarray(values, np.float64), TRIM)) if len(values) else math.nan
 
 
+def centre(values: np.ndarray | Sequence[float]) -> float:
+    """The trimmed mean; of yes and no per case (0 and 1, and their differences) the plain share.
+
+    Trimming 36 such cases would cut the three that failed and call it 100 %.
+    """
+    x = np.asarray(values, np.float64)
+    return float(x.mean()) if len(x) and _is_share(x) else trimmed_mean(x)
+
+
+def _is_share(x: np.ndarray) -> bool:
+    return bool(np.isin(x, (-1, 0, 1)).all())
+
+
 def interval(values: np.ndarray | Sequence[float], draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval, 95 %, of the trimmed mean of values [n]; NaNs for fewer than two values."""
+    """Percentile bootstrap interval, 95 %, of ``centre`` of values [n]; NaNs for fewer than two values."""
     x = np.asarray(values, np.float64)
     if len(x) < 2:
         return math.nan, math.nan
     drawn = x[np.random.default_rng(seed).integers(0, len(x), (draws, len(x)))]
-    means = stats.trim_mean(drawn, TRIM, axis=1)
+    means = drawn.mean(1) if _is_share(x) else stats.trim_mean(drawn, TRIM, axis=1)
     low, high = np.quantile(means, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return float(low), float(high)
 
@@ -194,7 +207,7 @@ def summarise(
     """One measure of one system over ``cases``, by default all cases of the table."""
     values, failures = split(rows, measure, system, cases_of(rows) if cases is None else cases)
     numbers = list(values.values())
-    return Summary(measure, system, trimmed_mean(numbers), *interval(numbers, draws), values, failures)
+    return Summary(measure, system, centre(numbers), *interval(numbers, draws), values, failures)
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -235,7 +248,7 @@ def _compare(rows: Sequence[Mapping], measure: Measure, a: str, b: str, draws: i
     x, y = (np.array([values[case] for case in shared]) for values in (of_a, of_b))
     gains = np.array([measure.cost(v) - measure.cost(u) for u, v in zip(x, y)])
     return Comparison(
-        measure, a, b, shared, trimmed_mean(x), trimmed_mean(y), trimmed_mean(gains), *interval(gains, draws),
+        measure, a, b, shared, centre(x), centre(y), centre(gains), *interval(gains, draws),
         int((gains > 0).sum()), int((gains == 0).sum()), int((gains < 0).sum()), wilcoxon(gains), math.nan,
         tuple(case for case in of_a if case not in of_b), tuple(case for case in of_b if case not in of_a), "",
     )  # fmt: skip
