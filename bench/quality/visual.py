@@ -18,8 +18,8 @@ Which degraded system must score worse than the true video (``REACTS``)::
 from __future__ import annotations
 
 import importlib.util
-import warnings
 import itertools
+import warnings
 from functools import cache
 from typing import TYPE_CHECKING
 
