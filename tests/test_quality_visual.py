@@ -218,6 +218,16 @@ def test_colour_drift_has_a_known_slope() -> None:
     assert got["drift_identity"] == pytest.approx(-0.1) and np.isnan(got["drift_sync"])
 
 
+def test_a_background_that_is_uncovered_has_not_drifted() -> None:
+    """The person walks from a dark side of the room to its bright side."""
+    place = np.repeat(np.linspace(20, 230, 128).astype(np.uint8)[None, :, None], 128, 0).repeat(3, 2)
+    frames = np.repeat(place[None], 75, 0)
+    boxes = np.stack([BOX + np.array([d, 0, d, 0], np.float32) for d in np.linspace(-15, 15, 75)])
+    got = drift.colours(frames, boxes)["background"]
+    assert np.ptp(got, axis=0).max() < 0.01
+    assert np.isnan(drift.colours(frames, np.repeat(np.float32([[0, 0, 128, 128]]), 75, 0))["background"]).all()
+
+
 def test_sharpness_drift() -> None:
     crisp = texture(0, grain=1)
     fading = np.stack([cv2.GaussianBlur(crisp, (0, 0), 0.3 + 0.02 * i) for i in range(100)])

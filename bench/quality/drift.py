@@ -85,20 +85,26 @@ def slope(series: np.ndarray, rate: float = FPS) -> Slope:
 def colours(frames: np.ndarray, boxes: np.ndarray) -> dict[str, np.ndarray]:
     """Mean CIE Lab of ``face`` and ``background`` in each frame of uint8 [F, H, W, 3]: float64 [F, 3] each.
 
-    The face is the inner part of its box; the background is what leakage.person leaves, NaN where too little is left.
+    The face is the inner part of its box. The background is what leakage.person leaves, NaN where too little is left;
+    it counts as each pixel's difference from its own median over time, so that a person who moves aside and shows more
+    of it changes nothing.
     """
     hidden = person(boxes, *frames.shape[1:3], _GRID)
     scale = np.array([_GRID / frames.shape[2], _GRID / frames.shape[1]] * 2)
+    small = (cv2.resize(f, (_GRID, _GRID), interpolation=cv2.INTER_AREA) for f in frames)
+    lab = np.stack([cv2.cvtColor(f.astype(np.float32) / 255, cv2.COLOR_RGB2LAB) for f in small])
     face, behind = np.full((len(frames), 3), np.nan), np.full((len(frames), 3), np.nan)
-    for i, (frame, box) in enumerate(zip(frames, boxes * scale, strict=True)):
-        small = cv2.resize(frame, (_GRID, _GRID), interpolation=cv2.INTER_AREA)
-        lab = cv2.cvtColor(small.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+    for i, box in enumerate(boxes * scale):
         inset = _INNER * (box[2:] - box[:2])
         x0, y0, x1, y1 = np.clip(np.round([*(box[:2] + inset), *(box[2:] - inset)]), 0, _GRID).astype(int)
         if x1 > x0 and y1 > y0:
-            face[i] = lab[y0:y1, x0:x1].mean((0, 1))
-        if (~hidden[i]).mean() >= LEAST_BACKGROUND:
-            behind[i] = lab[~hidden[i]].mean(0)
+            face[i] = lab[i, y0:y1, x0:x1].mean((0, 1))
+    enough = (~hidden).mean((1, 2)) >= LEAST_BACKGROUND
+    if enough.any():
+        ever = ~hidden[enough].all(0)
+        known = np.where(hidden[enough][:, ever, None], np.nan, lab[enough][:, ever])
+        usual = np.nanmedian(known, axis=0)
+        behind[enough] = np.nanmean(known - usual, axis=1) + usual.mean(0)
     return {"face": face, "background": behind}
 
 
