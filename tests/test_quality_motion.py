@@ -187,6 +187,19 @@ def test_retrieval_knows_people_from_noise() -> None:
         retrieval(people, people[:5])
 
 
+def test_what_carries_a_style() -> None:
+    """Twelve people who differ in how far they open their mouths, and nod at random."""
+    rng = np.random.default_rng(0)
+    takes: tuple[list, list] = ([], [])
+    for size in np.linspace(0.2, 0.8, 12):
+        for side in takes:
+            trace = talking(150, size, rng.uniform(2, 4), rng.uniform(0, 20))
+            trace[:, motion_index("pitch")] = 0.05 * rng.uniform() * np.sin(np.arange(150) / 25 * 2 * np.pi * 2)
+            side.append(trace)
+    got = style.carries(*takes)
+    assert got["mouth"] > 0.85 and 0.3 < got["nods"] < 0.7 and got["blinks"] == 0.5
+
+
 def test_weights_tell_what_is_personal() -> None:
     rng = np.random.default_rng(1)
     person = rng.normal(size=(4000, 3)) * [1.0, 0.0, 1.0]

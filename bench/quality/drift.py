@@ -28,6 +28,7 @@ from scipy.stats import theilslopes
 from avatar_rt.config import FPS
 from avatar_rt.errors import InputError
 from bench.quality.clip import Case, Clip, Faces
+from bench.quality.context import Context
 from bench.quality.leakage import person
 from bench.quality.measure import Measure
 from bench.quality.visual import face_pictures, grey, sharpness
@@ -132,7 +133,7 @@ def values(found: Mapping[str, Slope]) -> dict[str, float]:
 
 
 def measure(
-    case: Case, video: Clip, faces: Faces, context: object, series: Mapping[str, np.ndarray] | None = None
+    case: Case, video: Clip, faces: Faces, context: Context, series: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, float]:
     """MEASURES of a video; identity and sync are NaN where ``series`` does not give them."""
     return values(slopes(video, faces, series))

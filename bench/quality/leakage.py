@@ -13,17 +13,13 @@ Which degraded system must score worse than the true video (``REACTS``)::
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import cv2
 import numpy as np
 
 from avatar_rt.scene.image import head_region
 from bench.quality.clip import Case, Clip, Faces
+from bench.quality.context import Context
 from bench.quality.measure import Measure
-
-if TYPE_CHECKING:
-    from bench.quality.context import Context
 
 MEASURES = (
     Measure("background_scene", "background as the given scene", "", "higher", "style"),

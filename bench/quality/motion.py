@@ -19,8 +19,6 @@ Which degraded system must score worse than the true video (``REACTS``)::
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 
@@ -28,11 +26,9 @@ from avatar_rt.errors import InputError
 from avatar_rt.models.motion import ARKIT_NAMES, MotionEncoder, motion_index
 from avatar_rt.pipeline.reference import to_video
 from bench.quality.clip import Case, Clip, Faces
+from bench.quality.context import Context
 from bench.quality.faces import crops, find_faces
 from bench.quality.measure import Measure
-
-if TYPE_CHECKING:
-    from bench.quality.context import Context
 
 MEASURES = (
     Measure("mouth_r", "mouth opening against the true one", "", "higher", "motion"),

@@ -23,21 +23,24 @@ Which degraded system must score worse than the true video (``REACTS``)::
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import argparse
+import json
+import sys
+from pathlib import Path
 
 import numpy as np
 from scipy.signal import butter, find_peaks, sosfiltfilt
 from scipy.stats import wasserstein_distance
 
 from avatar_rt.config import FPS
-from avatar_rt.errors import InputError
+from avatar_rt.errors import AvatarError, InputError
 from avatar_rt.models.motion import motion_index
+from bench.quality.cases import CASES, procedural, read_case
 from bench.quality.clip import Case, Clip, Faces
+from bench.quality.context import Context
+from bench.quality.faces import find_faces
 from bench.quality.measure import Measure
 from bench.quality.motion import MIN_FRAMES, both_sides, read_motion, readable
-
-if TYPE_CHECKING:
-    from bench.quality.context import Context
 
 MEASURES = (
     Measure("style_mouth", "mouth amplitude, distance to the reference", "strangers", "lower", "style"),
@@ -141,14 +144,21 @@ def retrieval(vectors_a: np.ndarray, vectors_b: np.ndarray, weights: np.ndarray 
     a, b = vectors_a * np.asarray(weights), vectors_b * np.asarray(weights)
     away = np.linalg.norm(a[:, None] - b[None], axis=-1)
     away = np.where(np.isnan(away), np.inf, away)
-    own = np.diag(away)[:, None]
     others = away[~np.eye(len(a), dtype=bool)].reshape(len(a), -1)
-    nearer = (others < own).sum(1) + 0.5 * (others == own).sum(1)
-    return {
-        "style_top1": float(np.mean((others > own).all(1))),
-        "style_chance": 1 / len(a),
-        "style_auc": float(np.mean(1 - nearer / others.shape[1])),
-    }
+    top1 = float(np.mean((others > np.diag(away)[:, None]).all(1)))
+    return {"style_top1": top1, "style_chance": 1 / len(a), "style_auc": _auc(away)}
+
+
+def carries(motions_a: list[np.ndarray], motions_b: list[np.ndarray]) -> dict[str, float]:
+    """By which quantities a person's two clips find each other among N people's: an area under the curve for each.
+
+    0.5 where the own clip is as often further as nearer than a stranger's, 1 where it is always nearer.
+    """
+    ours, theirs = [samples(m) for m in motions_a], [samples(m) for m in motions_b]
+    away = {k: np.array([[wasserstein_distance(a[k], b[k]) for b in theirs] for a in ours]) for k in SPREAD}
+    rates = [np.array([len(blinks(m)) / len(m) for m in side]) for side in (motions_a, motions_b)]
+    away["blinks"] = np.abs(rates[0][:, None] - rates[1][None])
+    return {k: _auc(v) for k, v in away.items()}
 
 
 def spread(motions: list[np.ndarray]) -> dict[str, float]:
@@ -200,3 +210,42 @@ def _smooth(x: np.ndarray) -> np.ndarray:
 
 def _speed(x: np.ndarray) -> np.ndarray:
     return np.abs(np.gradient(x)) * FPS
+
+
+def _auc(away: np.ndarray) -> float:
+    """How often the diagonal of distances [N, N] is below the rest of its row, ties as half."""
+    others = away[~np.eye(len(away), dtype=bool)].reshape(len(away), -1)
+    own = np.diag(away)[:, None]
+    return float(np.mean((others > own) + 0.5 * (others == own)))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.quality.style", description="What carries a style.")
+    parser.add_argument("--cases", type=Path, default=CASES)
+    parser.add_argument("--bundle", type=Path, help="whose motion encoder reads; default: the shipped one")
+    parser.add_argument("--reference-seconds", type=float, help="1, 2, 4 or 8; default: all")
+    a = parser.parse_args(arguments)
+    try:
+        context = Context(a.bundle)
+        read: tuple[list, list] = ([], [])
+        for path in procedural(a.cases):
+            case = read_case(path, a.reference_seconds)
+            for side, clip in zip(read, (case.target, case.reference), strict=True):
+                side.append(read_motion(clip.frames, find_faces(clip.frames), context.motion))
+    except AvatarError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    found = retrieval(*(np.stack([style_vector(m) for m in side]) for side in read))
+    print(
+        f"true videos retrieve the style of their own reference: top-1 {found['style_top1']:.0%} of {len(read[0])} "
+        f"(chance {found['style_chance']:.1%}), AUC {found['style_auc']:.2f}"
+    )
+    by = carries(*read)
+    for key, value in sorted(by.items(), key=lambda item: -item[1]):
+        print(f"{key:12} AUC {value:.2f}")
+    print(json.dumps({**found, "carries": by}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

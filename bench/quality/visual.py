@@ -21,7 +21,6 @@ import importlib.util
 import itertools
 import warnings
 from functools import cache
-from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -29,11 +28,9 @@ import numpy as np
 from avatar_rt.errors import UnsupportedError
 from avatar_rt.media.face import CROP_SIDE
 from bench.quality.clip import Case, Clip, Faces
+from bench.quality.context import Context
 from bench.quality.faces import crops, find_faces
 from bench.quality.measure import Measure
-
-if TYPE_CHECKING:
-    from bench.quality.context import Context
 
 MEASURES = (
     Measure("brisque", "BRISQUE of the face", "", "lower", "visual"),
