@@ -40,38 +40,42 @@ def store(name: str, line: str) -> Path:
     return path
 
 
-def _cases(data: dict) -> list[str]:
+def _quality(data: dict) -> list[str]:
+    """One set of cases: a line a measure, a column a system, then everything that could not be scored."""
     r, m = data["result"], data["machine"]
-    return [
-        f"{r['cases']} held-out rendered cases: people, voices and sentences unseen in training",
-        f"(`python -m bench.cases`; weights {r['bundle']}, commit {m['commit']}, {m['cpu']}, {m['threads']} threads):",
+    what = {
+        "procedural": "held-out rendered cases: people, voices and sentences unseen in training",
+        "real": "clips of real people (not part of the repository; their names and hashes: `bench/quality/real.csv`)",
+    }[r["set"]]
+    systems = r["systems"]
+    lines = [
         "",
-        "| measure | generated | true video |",
-        "|---|---|---|",
-        f"| VAE: PSNR of the true video, dB | {r['vae_psnr_db']:.1f} | |",
-        f"| face retrieves its own reference, top-1 of {r['cases']} | {r['retrieval_top1']:.0%} "
-        f"| {r['retrieval_top1_truth']:.0%} |",
-        f"| the same for the true video behind the VAE, a perfect transformer's | {r['retrieval_top1_vae']:.0%} | |",
-        f"| mouth opening against the true one, r | {r['mouth_r_own']:.2f} | {r['mouth_r_truth']:.2f} |",
-        f"| mouth opening against another case's, r | {r['mouth_r_other']:.2f} | |",
-        f"| motion energy over the true video's behind the VAE, median | {r['energy_ratio_median']:.2f} | 1 |",
-        f"| seconds for a case of 3.1 s | {r['seconds_per_case']:.1f} | |",
+        f"{r['cases']} {what}",
+        f"(`python -m bench.quality`; encoders of weights {r['weights']}, faces by {r['embedder']}, "
+        f"commit {m['commit']}, {m['cpu']}, {r['workers']} processes, {r['seconds']:.0f} s):",
+        "",
+        f"| measure | better | {' | '.join(systems)} |",
+        "|---|---|" + "---|" * len(systems),
     ]
+    for measure in r["measures"]:
+        values = [s["mean"].get(measure["key"]) for s in systems.values()]
+        if all(v is None for v in values):
+            continue
+        unit = f", {measure['unit']}" if measure["unit"] else ""
+        better = f"{measure['target']:g}" if measure["better"] == "target" else measure["better"]
+        shown = " | ".join("n/a" if v is None else f"{v:.3g}" for v in values)
+        lines.append(f"| {measure['title']}{unit} | {better} | {shown} |")
+    lines += ["", f"Scored: {'; '.join(_counts(name, s) for name, s in systems.items())}."]
+    absent = [f"{name} ({reason})" for name, reason in r["not_here"].items()]
+    return lines + ([f"Not measured on that machine: {', '.join(absent)}."] if absent else [])
 
 
-def _clips(data: dict) -> list[str]:
-    rows = [c for c in data["result"]["clips"] if "own" in c]
-    total = len(data["result"]["clips"])
-    refused = sum("refused" in c for c in data["result"]["clips"])
-    own, others = (sum(c[k] for c in rows) / max(len(rows), 1) for k in ("own", "others"))
-    return [
-        "",
-        f"{total} clips of real people (not part of the repository; `python -m bench.clips`): {total - refused} ran, "
-        f"{refused} refused.",
-        f"Face similarity of the generated video to its own reference {own:.2f}, to the others {others:.2f};",
-        f"its own is nearest in {sum(c['nearest_is_own'] for c in rows)} of {len(rows)}. "
-        "Per clip: `bench/results/clips.json`.",
-    ]
+def _counts(name: str, system: dict) -> str:
+    """``tiny 34 of 36 (1 missing, 1 no_face; sync_lag in 30)``."""
+    bad = [f"{count} {problem}" for problem, count in system["problems"].items()]
+    partly = [f"{key} in {system['scored'] - n}" for key, n in system["unmeasured"].items() if n < system["scored"]]
+    notes = "; ".join(", ".join(part) for part in (bad, partly) if part)
+    return f"{name} {system['scored']} of {system['cases']}" + (f" ({notes})" if notes else "")
 
 
 def ops_results() -> list[Path]:
@@ -173,10 +177,10 @@ def _int8(case: str, dtype: str, rows: list[dict]) -> list[str]:
 
 def section() -> str:
     lines = []
-    for name, words in (("cases", _cases), ("clips", _clips)):
+    for name in ("quality", "quality-real"):
         path = RESULTS / f"{name}.json"
         if path.exists():
-            lines += words(json.loads(path.read_text()))
+            lines += _quality(json.loads(path.read_text()))
     for path in ops_results():
         lines += _ops(json.loads(path.read_text()))
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,8 +32,8 @@ def _fixed_seed() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def recordings() -> Path:
-    """A folder with ``clips`` and ``speech`` of real people, kept beside the repository and never in it."""
-    path = ROOT.parent / "shared" / "data"
-    if not path.is_dir():
-        pytest.skip("no real recordings on this machine: they are not part of the repository")
-    return path
+    """The folder AVATAR_RT_DATA names, with ``clips`` and ``speech`` of real people; never part of the repository."""
+    named = os.environ.get("AVATAR_RT_DATA")
+    if not named or not (Path(named) / "clips").is_dir():
+        pytest.skip("no real recordings: AVATAR_RT_DATA names no folder with clips and speech")
+    return Path(named)

@@ -39,9 +39,9 @@ MEASURES = (
 )
 
 
-def embed(frames: np.ndarray, faces: Faces, embedder: Embedder, count: int = FRAMES) -> np.ndarray:
-    """Unit-length embeddings [n, D] of up to ``count`` evenly spaced frames."""
-    picks = np.unique(np.linspace(0, len(frames) - 1, count).round().astype(int))
+def embed(frames: np.ndarray, faces: Faces, embedder: Embedder, count: int | None = None) -> np.ndarray:
+    """Unit-length embeddings [n, D] of up to ``count`` evenly spaced frames, by default FRAMES."""
+    picks = np.unique(np.linspace(0, len(frames) - 1, count or FRAMES).round().astype(int))
     squares = crops(frames[picks], Faces(faces.boxes[picks], faces.found[picks]), embedder.side)
     return np.stack([embedder(square) for square in squares])
 
