@@ -42,6 +42,8 @@ class DiTConfig:
         audio_per_latent: Speech features per latent frame (25 Hz over a 4x VAE: 4).
         audio_adapter_dim: Bottleneck of the reference-audio adapters on q, k and v; 0 is off.
         motion_dim: Width of one motion token (frames per latent x 62); 0 is off.
+        prediction: What the heads' outputs are: the flow ``velocity`` (Wan), or ``preconditioned``, from which
+            ``models.dit.velocity_of`` makes it; the model returns velocities either way.
     """
 
     dim: int
@@ -67,6 +69,7 @@ class DiTConfig:
     audio_per_latent: int = 4
     audio_adapter_dim: int = 0
     motion_dim: int = 0
+    prediction: str = "velocity"
 
     def __post_init__(self) -> None:
         for name in ("dim", "ffn_dim", "num_heads", "num_layers"):
@@ -76,6 +79,10 @@ class DiTConfig:
         )
         _check(self.head_dim % 2 == 0, f"dim: expected an even head size, got {self.head_dim}")
         _check(self.patch[0] == 1, f"patch: expected 1 in time, got {self.patch}")
+        _check(
+            self.prediction in ("velocity", "preconditioned"),
+            f"prediction: expected velocity or preconditioned, got {self.prediction!r}",
+        )
         patterns = ("full", "frame", "window")
         _check(
             self.reference_pattern in patterns,
@@ -313,12 +320,13 @@ _WAN_VAE = VAEConfig(
 
 PRESETS: dict[str, AvatarConfig] = {
     "tiny": AvatarConfig(
-        name="tiny", height=64, width=64, output_scale=4, reference_latents=16,
-        dit=DiTConfig(dim=256, ffn_dim=512, num_heads=4, num_layers=5, text_dim=64, text_len=16, mask_channels=2,
+        name="tiny", height=128, width=128, output_scale=2, reference_latents=16,
+        dit=DiTConfig(dim=256, ffn_dim=768, num_heads=4, num_layers=6, latent_channels=32,
+                      prediction="preconditioned", text_dim=64, text_len=16, mask_channels=2,
                       reference=True, anchor=True, audio_dim=128, reference_audio_dim=128, audio_adapter_dim=32,
                       motion_dim=4 * MOTION_CHANNELS),
-        vae=VAEConfig(base_dim=48, encoder_base_dim=32, dim_mult=(1, 2, 2), num_res_blocks=1,
-                      temporal_downsample=(True, True), patch=2, time_kernel=(1, 1, 1)),
+        vae=VAEConfig(base_dim=64, encoder_base_dim=48, dim_mult=(1, 2, 2), num_res_blocks=1, latent_channels=32,
+                      temporal_downsample=(True, True), patch=4, time_kernel=(1, 1, 1)),
         text=TextConfig(dim=64, length=16, buckets=2048),
         chunk=ChunkConfig(latents=8, overlap=2),
         sampling=SamplingConfig(steps=20, shift=3.0, reference_scale=3.0, audio_scale=2.5),
