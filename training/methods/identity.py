@@ -14,31 +14,36 @@ from avatar_rt.models.weights import save_weights
 from training.methods import augment
 from training.rewards.identity import IdentityNet, crop_faces
 
-SCALE, ANGLE_MARGIN = 24.0, 0.2
+TEMPERATURE = 0.1
 
 
 class IdentityMethod:
-    """Classification of the people with an additive cosine margin (arXiv 1801.05599) on damaged crops."""
+    """Contrast (arXiv 1807.03748): a face finds the same person's face from another scene among all of the batch."""
 
-    def __init__(self, train: Any, val: Any, *, batch: int = 64) -> None:
-        self.train, self.val, self.batch = train, val, batch
-        self.people = {int(who): i for i, who in enumerate(sorted(set(train.identity.tolist())))}
-        self.module = nn.ModuleDict({"net": IdentityNet(), "people": nn.Embedding(len(self.people), 64)})
+    def __init__(self, train: Any, val: Any, *, people: int = 48) -> None:
+        self.train, self.val, self.people = train, val, people
+        self.module = nn.ModuleDict({"net": IdentityNet()})
+        self.paired = torch.tensor([c for c in range(len(train)) if train.siblings(c)])
 
     def step(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        frames, boxes, who = [], [], []
-        for clip in torch.randint(len(self.train), (self.batch,), generator=generator).tolist():
-            at = int(torch.randint(self.train.num_frames, (), generator=generator))
+        first = self.paired[torch.randint(len(self.paired), (self.people,), generator=generator)].tolist()
+        second = [self.train.siblings(c)[_below(len(self.train.siblings(c)), generator)] for c in first]
+        frames, boxes = [], []
+        for clip in first + second:
+            at = _below(self.train.num_frames, generator)
             frames.append(self.train.frames(clip, at, 1)[0])
             boxes.append(self.train.facebox(clip, at, 1)[0])
-            who.append(self.people[int(self.train.identity[clip])])
         faces, _, _ = augment.move_pictures(_faces(frames, boxes), generator)
-        faces = torch.where(augment.some(self.batch, 0.5, generator).view(-1, 1, 1, 1), faces.flip(-1), faces)
-        faces = augment.damage_pictures(faces, generator)
-        cosine = self.module["net"](faces).float() @ F.normalize(self.module["people"].weight.float(), dim=-1).T
-        who = torch.tensor(who)
-        logits = SCALE * (cosine - ANGLE_MARGIN * F.one_hot(who, len(self.people)))
-        return {"loss": F.cross_entropy(logits, who), "right": (cosine.argmax(1) == who).float().mean()}
+        gain = augment.uniform((len(faces), 3, 1, 1), 0.92, 1.08, generator)
+        faces = faces * gain * augment.uniform((len(faces), 1, 1, 1), 0.8, 1.2, generator)
+        faces = torch.where(augment.some(len(faces), 0.5, generator).view(-1, 1, 1, 1), faces.flip(-1), faces)
+        a, b = self.module["net"](faces.clamp(-1, 1)).float().chunk(2)
+        who = self.train.identity[first]
+        same = torch.from_numpy(who[:, None] == who[None]).fill_diagonal_(False)
+        alike = (a @ b.T / TEMPERATURE).masked_fill(same, -1e4)  # a person drawn twice is not another person
+        target = torch.arange(len(first))
+        loss = (F.cross_entropy(alike, target) + F.cross_entropy(alike.T, target)) / 2
+        return {"loss": loss, "right": (alike.argmax(1) == target).float().mean()}
 
     @torch.no_grad()
     def validate(self, step: int, out: Path) -> dict[str, float]:
@@ -61,3 +66,7 @@ class IdentityMethod:
 def _faces(frames: Any, boxes: Any) -> Tensor:
     pictures = torch.from_numpy(np.stack(list(frames)).astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
     return crop_faces(pictures, torch.from_numpy(np.stack(list(boxes)).astype(np.float32)))
+
+
+def _below(n: int, generator: torch.Generator) -> int:
+    return int(torch.randint(n, (), generator=generator))

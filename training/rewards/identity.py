@@ -35,9 +35,12 @@ class IdentityNet(nn.Module):
             maps.append(x)
         return maps
 
-    def forward(self, faces: Tensor) -> Tensor:
-        last = self.features(faces)[-1]
+    def embed(self, last: Tensor) -> Tensor:
+        """Unit embedding [B, 64] from the last map."""
         return F.normalize(self.out(F.silu(last).mean((2, 3)).float()), dim=-1)
+
+    def forward(self, faces: Tensor) -> Tensor:
+        return self.embed(self.features(faces)[-1])
 
 
 class _Level(nn.Module):
@@ -68,11 +71,14 @@ def crop_faces(frames: Tensor, boxes: Tensor) -> Tensor:
 
 
 def perceptual_distance(net: IdentityNet, made: Tensor, true: Tensor) -> Tensor:
-    """Mean squared difference of the channel-normalised maps of both (the form of arXiv 1801.03924), over levels."""
-    total = made.new_zeros(())
+    """How unlike two batches of crops look: the mean squared difference of their channel-normalised maps (the form of
+    arXiv 1801.03924), averaged over levels, plus one minus the cosine of their embeddings."""
     with torch.no_grad():
         wanted = net.features(true)
-    for a, b in zip(net.features(made), wanted, strict=True):
+        person = net.embed(wanted[-1])
+    maps = net.features(made)
+    total = (1 - (net.embed(maps[-1]) * person).sum(-1)).mean()
+    for a, b in zip(maps, wanted, strict=True):
         a, b = (m.float() / m.float().square().mean(1, keepdim=True).add(1e-6).sqrt() for m in (a, b))
-        total = total + (a - b).square().mean()
-    return total / len(wanted)
+        total = total + (a - b).square().mean() / len(maps)
+    return total
