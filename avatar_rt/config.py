@@ -320,13 +320,12 @@ _WAN_VAE = VAEConfig(
 
 PRESETS: dict[str, AvatarConfig] = {
     "tiny": AvatarConfig(
-        name="tiny", height=128, width=128, output_scale=2, reference_latents=16,
-        dit=DiTConfig(dim=256, ffn_dim=768, num_heads=4, num_layers=6, latent_channels=32,
-                      prediction="preconditioned", text_dim=64, text_len=16, mask_channels=2,
+        name="tiny", height=64, width=64, output_scale=4, reference_latents=16,
+        dit=DiTConfig(dim=256, ffn_dim=512, num_heads=4, num_layers=5, text_dim=64, text_len=16, mask_channels=2,
                       reference=True, anchor=True, audio_dim=128, reference_audio_dim=128, audio_adapter_dim=32,
                       motion_dim=4 * MOTION_CHANNELS),
-        vae=VAEConfig(base_dim=64, encoder_base_dim=48, dim_mult=(1, 2, 2), num_res_blocks=1, latent_channels=32,
-                      temporal_downsample=(True, True), patch=4, time_kernel=(1, 1, 1)),
+        vae=VAEConfig(base_dim=48, encoder_base_dim=32, dim_mult=(1, 2, 2), num_res_blocks=1,
+                      temporal_downsample=(True, True), patch=2, time_kernel=(1, 1, 1)),
         text=TextConfig(dim=64, length=16, buckets=2048),
         chunk=ChunkConfig(latents=8, overlap=2),
         sampling=SamplingConfig(steps=20, shift=3.0, reference_scale=3.0, audio_scale=2.5),

@@ -38,8 +38,8 @@ def velocity_of(output: Tensor, z: Tensor, t: Tensor) -> Tensor:
     """Flow velocity from the output of a preconditioned head, fp32.
 
     The head predicts what has unit variance at every t when data and noise have: the clean data at t = 1, minus the
-    velocity at t = 0 (the preconditioning of arXiv 2206.00364 for z = (1 - t) x + t eps). So the noise, of which
-    nothing can be predicted, need not pass through the blocks.
+    noise at t = 0 (the preconditioning of arXiv 2206.00364 for z = (1 - t) x + t eps). So where there is almost only
+    noise, it need not pass through the blocks.
     """
     spread = (1 - t).square() + t.square()
     return (2 * t - 1) / spread * z.float() - output.float() * spread.rsqrt()

@@ -6,9 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from avatar_rt.config import preset
 from training.methods.vae import VAEMethod
-from training.recipe import Recipe
+from training.recipe import Recipe, configuration
 
 
 def _build(corpus: Path, **settings: Any) -> VAEMethod:
@@ -16,7 +15,9 @@ def _build(corpus: Path, **settings: Any) -> VAEMethod:
 
     real = corpus / "real"  # optional windows of real video, see VAEMethod
     train, val = Corpus(corpus, split="train"), Corpus(corpus, split="val")
-    return VAEMethod(preset("tiny").vae, train, val, real_frames=real if real.is_dir() else None, **settings)
+    return VAEMethod(
+        configuration(corpus / "weights").vae, train, val, real_frames=real if real.is_dir() else None, **settings
+    )
 
 
 def vae() -> Recipe:
