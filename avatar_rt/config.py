@@ -42,6 +42,8 @@ class DiTConfig:
         audio_per_latent: Speech features per latent frame (25 Hz over a 4x VAE: 4).
         audio_adapter_dim: Bottleneck of the reference-audio adapters on q, k and v; 0 is off.
         motion_dim: Width of one motion token (frames per latent x 62); 0 is off.
+        prediction: What the heads' outputs are: the flow ``velocity`` (Wan), or ``preconditioned``, from which
+            ``models.dit.velocity_of`` makes it; the model returns velocities either way.
     """
 
     dim: int
@@ -67,6 +69,7 @@ class DiTConfig:
     audio_per_latent: int = 4
     audio_adapter_dim: int = 0
     motion_dim: int = 0
+    prediction: str = "velocity"
 
     def __post_init__(self) -> None:
         for name in ("dim", "ffn_dim", "num_heads", "num_layers"):
@@ -76,6 +79,10 @@ class DiTConfig:
         )
         _check(self.head_dim % 2 == 0, f"dim: expected an even head size, got {self.head_dim}")
         _check(self.patch[0] == 1, f"patch: expected 1 in time, got {self.patch}")
+        _check(
+            self.prediction in ("velocity", "preconditioned"),
+            f"prediction: expected velocity or preconditioned, got {self.prediction!r}",
+        )
         patterns = ("full", "frame", "window")
         _check(
             self.reference_pattern in patterns,

@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from avatar_rt.config import AvatarConfig, preset
+
 
 class Method(Protocol):
     """One training stage: a module, its loss, its measure. The loop knows nothing else about it."""
@@ -60,3 +62,9 @@ class Recipe:
     checkpoint_every: int = 250
     validate_every: int = 500
     threads: int = 1
+
+
+def configuration(weights: Path) -> AvatarConfig:
+    """What is trained: ``config.json`` beside the parts that are trained already, or the preset ``tiny``."""
+    path = weights / "config.json"
+    return AvatarConfig.from_json(path.read_text()) if path.exists() else preset("tiny")

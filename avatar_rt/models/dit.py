@@ -34,6 +34,17 @@ def with_masks(latents: Tensor, cfg: DiTConfig, scene: float | Tensor, carried: 
     return torch.cat([latents, *masks], dim=1)
 
 
+def velocity_of(output: Tensor, z: Tensor, t: Tensor) -> Tensor:
+    """Flow velocity from the output of a preconditioned head, fp32.
+
+    The head predicts what has unit variance at every t when data and noise have: the clean data at t = 1, minus the
+    noise at t = 0 (the preconditioning of arXiv 2206.00364 for z = (1 - t) x + t eps). So where there is almost only
+    noise, it need not pass through the blocks.
+    """
+    spread = (1 - t).square() + t.square()
+    return (2 * t - 1) / spread * z.float() - output.float() * spread.rsqrt()
+
+
 class VideoRefDiT(nn.Module):
     """Velocity of the generated latents (and motion), given reference K/V that depend on nothing generated."""
 
@@ -278,6 +289,11 @@ class VideoRefDiT(nn.Module):
         index = torch.arange(frames, device=x.device)
         velocity = self._unpatch(self.head(x[:, :, :patches].flatten(1, 2), e, index.repeat_interleave(patches)), grid)
         motion_velocity = self.motion_head(x[:, :, patches], e, index) if has_motion else None
+        if cfg.prediction == "preconditioned":
+            t = t[:, :frames].float()
+            velocity = velocity_of(velocity, latents[:, : cfg.latent_channels], t[:, None, :, None, None])
+            if motion_velocity is not None and motion is not None:
+                motion_velocity = velocity_of(motion_velocity, motion, t[:, :, None])
         return velocity, motion_velocity
 
     def _unpatch(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from avatar_rt.config import AvatarConfig, preset
+from avatar_rt.config import AvatarConfig
 from avatar_rt.media.audio import normalise_loudness
 from avatar_rt.models.speech import SpeechEncoder
 from avatar_rt.models.vae import VideoVAE
@@ -24,6 +24,7 @@ from avatar_rt.models.weights import load_weights
 from avatar_rt.pipeline.reference import to_video
 from avatar_rt.scene.image import blank_head, latent_mask
 from training.data.corpus import Corpus
+from training.recipe import configuration
 
 SCENES_PER_CLIP = 3  # the empty place, and two frames with the head blanked
 
@@ -106,8 +107,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--speech-only", action="store_true", help="renew the speech features of an existing table")
     args = parser.parse_args()
-    config = args.weights / "config.json"
-    cfg = AvatarConfig.from_json(config.read_text()) if config.exists() else preset("tiny")
+    cfg = configuration(args.weights)
     torch.set_num_threads(args.threads)
     build(args.corpus, args.weights, cfg, args.frames, speech_only=args.speech_only)
 

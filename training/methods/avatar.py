@@ -26,8 +26,10 @@ class AvatarSettings:
     """Loss weights and drop-out rates of the conditions.
 
     Attributes:
-        window: Latent frames of a training window.
-        reference_lengths: Latent frames of the reference, one drawn per batch.
+        buckets: (latent frames of a window, clips of a batch, share of the steps at the run's start, at its end):
+            short windows first, because a batch then holds more people for the same work.
+        reference_lengths: Latent frames of the reference, one drawn per batch; half of the batches take neighbouring
+            frames, half frames from all over the clip.
         mouth_weight, face_weight: Added to the flow loss's weight map there, before it is normalised to mean 1.
         motion_weight: Weight of the motion stream's flow loss.
         temporal_weight: Weight of the same loss on differences between neighbouring frames: most of a mouth's latent
@@ -36,9 +38,8 @@ class AvatarSettings:
         shift: Flow shift of the sampled times.
     """
 
-    batch: int = 16
-    window: int = 8
-    reference_lengths: tuple[int, ...] = (3, 5, 8)
+    buckets: tuple[tuple[int, int, float, float], ...] = ((2, 64, 0.8, 0.3), (8, 16, 0.2, 0.7))
+    reference_lengths: tuple[int, ...] = (2, 3, 5)
     mouth_weight: float = 10.0
     face_weight: float = 4.0
     motion_weight: float = 0.4
@@ -53,13 +54,13 @@ class AvatarSettings:
 class Table:
     """The encoded corpus (``training.data.latents``), split by identity: every twentieth is held out."""
 
-    def __init__(self, corpus: Path, motion: MotionEncoder) -> None:
+    def __init__(self, corpus: Path, motion: MotionEncoder, stride: int) -> None:
         rows = load_file(corpus / "latents.safetensors")
         self.latents, self.speech = rows["latents"], rows["speech"]
         self.scenes, self.scene_masks = rows["scenes"], rows["scene_masks"]
         self.motion = group_motion(motion.normalize(rows["motion"]).clamp(-5, 5))
         self.captions = json.loads((corpus / "captions.json").read_text())
-        self.weight = _weight_maps(rows["facebox"], self.latents.shape[-1])
+        self.weight = _weight_maps(rows["facebox"], self.latents.shape[-1], stride)
         identity = rows["identity"]
         members: dict[int, list[int]] = {}
         for i, who in enumerate(identity.tolist()):
@@ -70,9 +71,9 @@ class Table:
         self.val = torch.nonzero(paired & (identity % 20 == 0)).flatten()
 
 
-def _weight_maps(facebox: Tensor, size: int) -> Tensor:
+def _weight_maps(facebox: Tensor, size: int, stride: int) -> Tensor:
     """Face boxes [N, F, 4] in pixels -> soft masks [N, 2, size, size] (face, mouth), one per clip from its mean box."""
-    pixels = 8 * size
+    pixels = stride * size
     x0, y0, x1, y1 = (facebox.mean(1) / pixels * size).unbind(1)
     grid = torch.arange(size) + 0.5
 
@@ -88,27 +89,31 @@ def _weight_maps(facebox: Tensor, size: int) -> Tensor:
 class AvatarMethod:
     """The first training of the whole model: reference, speech, scene and motion at once."""
 
-    def __init__(self, cfg: AvatarConfig, corpus: Path, weights: Path, settings: AvatarSettings) -> None:
-        self.cfg, self.settings = cfg, settings
+    def __init__(self, cfg: AvatarConfig, corpus: Path, weights: Path, settings: AvatarSettings, steps: int) -> None:
+        self.cfg, self.settings, self.steps = cfg, settings, steps
         self.module = nn.ModuleDict({"dit": VideoRefDiT(cfg.dit), "text": TextEncoder(cfg.text)})
         motion = MotionEncoder(cfg.motion)
         load_weights(motion, weights / "motion.safetensors", dtype=torch.float32)
-        self.table = Table(corpus, motion)
+        self.table = Table(corpus, motion, cfg.vae.spatial_stride)
         text: TextEncoder = self.module["text"]
         self.ids = torch.stack([text.tokenize(c) for c in self.table.captions])
 
     # ---- batches -------------------------------------------------------------------------------------------------
 
-    def batch(self, pool: Tensor, g: torch.Generator, size: int, *, first: bool | None = None) -> dict[str, Tensor]:
-        """One batch: all windows of a batch start a clip, or all continue one."""
+    def batch(
+        self, pool: Tensor, g: torch.Generator, window: int, size: int, *, first: bool | None = None
+    ) -> dict[str, Tensor]:
+        """One batch of windows: all start a clip, or all continue one (and then hold more than the carried latents)."""
         s, table = self.settings, self.table
         clip = pool[torch.randint(len(pool), (size,), generator=g)]
         total, per = table.latents.shape[1], self.cfg.dit.audio_per_latent
         start_of_clip = bool(torch.rand((), generator=g) >= s.continue_rate) if first is None else first
+        if not start_of_clip and window <= self.cfg.chunk.overlap:
+            window += self.cfg.chunk.overlap
         start = torch.zeros(size, dtype=torch.long)
         if not start_of_clip:
-            start = torch.randint(1, total - s.window + 1, (size,), generator=g)
-        index = start[:, None] + torch.arange(s.window)
+            start = torch.randint(1, total - window + 1, (size,), generator=g)
+        index = start[:, None] + torch.arange(window)
         x = table.latents[clip[:, None], index].float().transpose(1, 2)
         frames = (index[:, :, None] * per - (per - 1) + torch.arange(per)).flatten(1)
         audio = table.speech[clip[:, None], frames.clamp(min=0)].float()
@@ -120,8 +125,11 @@ class AvatarMethod:
         sibling = torch.tensor(
             [table.siblings[i][int(torch.randint(len(table.siblings[i]), (), generator=g))] for i in clip.tolist()]
         )
-        ref_start = torch.randint(1, total - length + 1, (size,), generator=g)
-        ref_index = ref_start[:, None] + torch.arange(length)
+        if torch.rand((), generator=g) < 0.5:
+            ref_start = torch.randint(1, total - length + 1, (size,), generator=g)
+            ref_index = ref_start[:, None] + torch.arange(length)
+        else:
+            ref_index = 1 + torch.rand(size, total - 1, generator=g).argsort(1)[:, :length].sort(1).values
         ref_frames = (ref_index[:, :, None] * per - (per - 1) + torch.arange(per)).flatten(1)
         return {
             "x": x,
@@ -194,8 +202,11 @@ class AvatarMethod:
 
     def step(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         g, s = generator, self.settings
-        batch = self.batch(self.table.train, g, s.batch)
-        t = torch.sigmoid(torch.randn(s.batch, generator=g))
+        done = min(step / max(self.steps, 1), 1.0)
+        shares = torch.tensor([(1 - done) * first + done * last for _, _, first, last in s.buckets])
+        window, size, _, _ = s.buckets[int(torch.multinomial(shares, 1, generator=g))]
+        batch = self.batch(self.table.train, g, window, size)
+        t = torch.sigmoid(torch.randn(size, generator=g))
         t = s.shift * t / (1 + (s.shift - 1) * t)
         values = self.loss(batch, t, g, drop=True)
         del values["plain"]
@@ -209,7 +220,7 @@ class AvatarMethod:
             for t in (0.3, 0.6, 0.9):
                 for name, rolled in {"flow": (), **wrong}.items():
                     g = torch.Generator().manual_seed(1)  # the same batch and noise each time
-                    batch = self.batch(self.table.val, g, 32, first=True)
+                    batch = self.batch(self.table.val, g, 8, 32, first=True)
                     batch |= {key: batch[key].roll(1, 0) for key in rolled}
                     values = self.loss(batch, torch.full((32,), t), g, drop=False)
                     result[f"{name}@{t}"] = float(values["plain"].mean())

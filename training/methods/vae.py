@@ -16,7 +16,8 @@ from avatar_rt.config import VAEConfig
 from avatar_rt.models import vae_blocks
 from avatar_rt.models.vae import VideoVAE
 from avatar_rt.models.vae_blocks import CausalConv3d, FrameAttention, FrameConv2d, ResidualBlock
-from avatar_rt.models.weights import save_weights
+from avatar_rt.models.weights import load_weights, save_weights
+from training.rewards.identity import IdentityNet, crop_faces, perceptual_distance
 
 KL_WEIGHT = 1e-5  # of the mean over latent elements
 EDGE_WEIGHT = 0.5
@@ -35,6 +36,8 @@ class VAEMethod:
         dtype: What the convolutions compute in; the weights stay fp32.
         fuse: Compile norm and SiLU into one loop: a minute at the start, a quarter off every step.
         decoder_only: Leave the encoder as it is: what was trained on its latents stays valid.
+        looks: Weights of the identity network: faces must also look alike to it, not only match pixel by pixel.
+        look_weight: Weight of that perceptual distance.
         latent_noise: Largest deviation, in units of the latents' own, of noise added to half of the clips' latents:
             what a diffusion model predicts is never exact.
     """
@@ -43,6 +46,7 @@ class VAEMethod:
         self, cfg: VAEConfig, train: Any, val: Any, *, batch: int = 4,
         real_frames: Path | None = None, real_share: float = 0.12, dtype: torch.dtype = torch.bfloat16,
         fuse: bool = True, decoder_only: bool = False, latent_noise: float = 0.0,
+        looks: Path | None = None, look_weight: float = 1.0,
     ) -> None:  # fmt: skip
         self.module = VideoVAE(cfg)
         start_near_linear(self.module)
@@ -54,6 +58,10 @@ class VAEMethod:
             vae_blocks.channel_norm_silu = torch.compile(vae_blocks.channel_norm_silu, dynamic=True)
         self.cfg, self.train, self.val = cfg, train, val
         self.batch, self.dtype, self.real_share = batch, dtype, real_share
+        self.looks, self.look_weight = None, look_weight
+        if looks is not None:
+            self.looks = IdentityNet().requires_grad_(False)
+            load_weights(self.looks, looks, dtype=torch.float32)
         files = sorted(real_frames.glob("*.npy")) if real_frames else []
         self.real = [np.load(f, mmap_mode="r") for f in files]
 
@@ -74,9 +82,13 @@ class VAEMethod:
         l1, mse, edges = reconstruction_losses(out, video, weight)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         loss = l1 + MSE_WEIGHT * mse + EDGE_WEIGHT * edges + KL_WEIGHT * kl
+        values = {"l1": l1, "edges": edges, "kl": kl}
+        if self.looks is not None:
+            values["looks"] = look_loss(self.looks, out, video, weight, generator)
+            loss = loss + self.look_weight * values["looks"]
         plain = F.mse_loss(out.detach().clamp(-1, 1), video)
         noise = (0.5 * logvar.detach()).exp().mean() / mean.detach().std()
-        return {"loss": loss, "l1": l1, "edges": edges, "kl": kl, "psnr": -10 * (plain / 4).log10(), "noise": noise}
+        return {"loss": loss, **values, "psnr": -10 * (plain / 4).log10(), "noise": noise}
 
     def _draw(self, num_frames: int, generator: torch.Generator) -> Tensor:
         """[4, F, H, W]: colours in -1..1 and the weight of each pixel."""
@@ -143,6 +155,7 @@ def start_near_linear(vae: VideoVAE) -> None:
     vae.quant_conv.bias[vae.cfg.latent_channels :] = -6.0
 
 
+FACE = (0.0, 0.0, 1.0, 1.0)
 MOUTH = (0.2, 0.58, 0.8, 0.98)  # x0, y0, x1, y1 in fractions of the face box
 EYES = (0.08, 0.22, 0.92, 0.5)
 
@@ -165,11 +178,11 @@ def region(boxes: np.ndarray, shape: tuple[int, ...], x0: float, y0: float, x1: 
 
 
 def face_weight(boxes: np.ndarray | None, shape: tuple[int, ...]) -> Tensor:
-    """[1, F, H, W]: 1, eyes 3, mouth 4; all 1.5 where there is no box."""
+    """[1, F, H, W]: 1, the face 2.5, eyes 5, mouth 5; all 2 where there is no box."""
     if boxes is None:
-        return torch.full((1, *shape), 1.5)
-    weight = 1 + 2 * region(boxes, shape, *EYES).float() + 3 * region(boxes, shape, *MOUTH).float()
-    return weight[None]
+        return torch.full((1, *shape), 2.0)
+    face, eyes, mouth = (region(boxes, shape, *part).float() for part in (FACE, EYES, MOUTH))
+    return (1 + 1.5 * face + 2.5 * (eyes + mouth))[None]
 
 
 def augment_windows(windows: Tensor, generator: torch.Generator) -> Tensor:
@@ -224,6 +237,26 @@ def reconstruction_losses(out: Tensor, video: Tensor, weight: Tensor) -> tuple[T
         across, down = flat[..., 1:] - flat[..., :-1], flat[..., 1:, :] - flat[..., :-1, :]
         edges = edges + (area[..., 1:] * across.abs()).mean() + (area[..., 1:, :] * down.abs()).mean()
     return l1, mse, edges / 3
+
+
+def look_loss(net: IdentityNet, out: Tensor, video: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Perceptual distance of the faces in every fourth frame of [B, 3, F, H, W]; a face is where ``weight`` says so."""
+    at = slice(_below(4, generator), None, 4)
+    made, true, where = (x[:, :, at].transpose(1, 2).flatten(0, 1) for x in (out, video, weight))
+    boxes, seen = boxes_of(where[:, 0] > 2.25)
+    if not seen.any():
+        return out.new_zeros(())
+    crops = (crop_faces(x[seen], boxes[seen]) for x in (made, true))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return perceptual_distance(net, *crops)
+
+
+def boxes_of(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounding boxes [N, 4] of bool [N, H, W] in pixels, and bool [N]: whether there is one of any size."""
+    rows, columns = mask.any(2).float(), mask.any(1).float()
+    first = torch.stack([columns.argmax(1), rows.argmax(1)], 1).float()
+    last = torch.stack([mask.shape[2] - columns.flip(1).argmax(1), mask.shape[1] - rows.flip(1).argmax(1)], 1).float()
+    return torch.cat([first, last], 1), mask.flatten(1).sum(1) > 100
 
 
 @torch.no_grad()

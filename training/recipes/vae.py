@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from avatar_rt.config import preset
 from training.methods.vae import VAEMethod
-from training.recipe import Recipe
+from training.recipe import Recipe, configuration
 
 
 def _build(corpus: Path, **settings: Any) -> VAEMethod:
@@ -17,7 +15,9 @@ def _build(corpus: Path, **settings: Any) -> VAEMethod:
 
     real = corpus / "real"  # optional windows of real video, see VAEMethod
     train, val = Corpus(corpus, split="train"), Corpus(corpus, split="val")
-    return VAEMethod(preset("tiny").vae, train, val, real_frames=real if real.is_dir() else None, **settings)
+    return VAEMethod(
+        configuration(corpus / "weights").vae, train, val, real_frames=real if real.is_dir() else None, **settings
+    )
 
 
 def vae() -> Recipe:
@@ -28,7 +28,20 @@ def vae() -> Recipe:
     )  # fmt: skip
 
 
+def looks() -> Recipe:
+    """The VAE again, with faces that must also look alike to the identity network: ``CORPUS/weights/identity``."""
+
+    def build(corpus: Path) -> VAEMethod:
+        return _build(corpus, looks=corpus / "weights" / "identity.safetensors")
+
+    return replace(vae(), name="vae.looks", build=build, steps=2500, lr=1e-3, conv_muon_lr=2e-3, warmup=30)
+
+
 def decoder() -> Recipe:
     """Only the decoder, from a trained VAE: the latents stay what the transformer knows, and need not be exact."""
-    build = partial(_build, decoder_only=True, latent_noise=0.15)
-    return replace(vae(), name="vae.decoder", build=build, steps=1500, lr=1e-3, conv_muon_lr=2e-3)
+
+    def build(corpus: Path) -> VAEMethod:
+        looks = corpus / "weights" / "identity.safetensors"
+        return _build(corpus, decoder_only=True, latent_noise=0.1, looks=looks, look_weight=3.0)
+
+    return replace(vae(), name="vae.decoder", build=build, steps=1500, lr=1e-3, conv_muon_lr=2e-3, warmup=30)
