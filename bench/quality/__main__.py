@@ -2,7 +2,8 @@
 
 A system is a folder of NAME.mp4 with sound, at any size, as ``bench.quality.generate`` writes them and any other
 program may; ``NAME=DIR`` gives it a name. ``--degraded`` scores the true videos and copies with one thing wrong each.
-Prints a table with the counts of what could not be scored, writes --out/scores.csv, and last one JSON document.
+Prints a table with the counts of what could not be scored, and last one JSON document. ``--out DIR`` gets scores.csv
+and index.html: tables, plots, contact sheets and a player of all systems side by side (``bench.quality.report``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from avatar_rt.errors import AvatarError, InputError
+from bench.quality import report
 from bench.quality.context import Context
 from bench.quality.embedders import available
 from bench.quality.generate import add_sources, chosen_sources
@@ -52,6 +54,16 @@ def _systems(a: argparse.Namespace) -> list[System]:
     return systems
 
 
+def _page(a: argparse.Namespace, rows: list[dict[str, Any]], systems: list[System]) -> None:
+    """The report beside the table. The true videos are shown as ``target``, degraded copies by their figures alone."""
+    expectations = report.read_expectations(report.EXPECTED) if a.degraded else []
+    folders = {s.name: s.folder for s in systems if s.folder is not None}
+    cases = a.cases if a.real is None else None
+    report.clear(a.out)
+    report.build(rows, measures(), a.out, expectations=expectations, cases=cases, systems=folders, facts=report.about())
+    print(f"{a.out / 'index.html'}: the report", file=sys.stderr)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description="Score videos of the cases.")
     add_sources(parser)
@@ -61,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bundle", type=Path, help="whose encoders read the videos; default: the shipped one")
     parser.add_argument("--embedder", type=Path, help="an ArcFace-class ONNX model; default: dlib's")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--out", type=Path, help="folder for scores.csv")
+    parser.add_argument("--out", type=Path, help="folder for scores.csv and the report")
     a = parser.parse_args(arguments)
     started = time.monotonic()
     try:
@@ -82,6 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     if a.out is not None:
         a.out.mkdir(parents=True, exist_ok=True)
         write_csv(a.out / "scores.csv", rows)
+        _page(a, rows, systems)
     print(json.dumps({
         "set": "procedural" if a.real is None else "real", "cases": len(sources), "embedder": context.embedder.name,
         "weights": context.engine.bundle.weights_hash[:12], "seconds": round(time.monotonic() - started, 1),

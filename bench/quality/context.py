@@ -45,11 +45,14 @@ class Context:
         bundle: Of the engine whose encoders read the videos; None is the shipped one.
         embedder_path: An ArcFace-class ONNX model; None is dlib's embedder.
         references: Facts of all cases of the set, by name: what retrieval chooses among.
+        series: Of the video that is being scored, what earlier modules measured frame by frame, float64 [F] with NaN
+            where nothing is known: ``drift`` reads it.
     """
 
     bundle: Path | None = None
     embedder_path: Path | None = None
     references: dict[str, ReferenceFacts] = field(default_factory=dict)
+    series: dict[str, np.ndarray] = field(default_factory=dict)
 
     @cached_property
     def engine(self) -> AvatarEngine:

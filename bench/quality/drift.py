@@ -132,8 +132,6 @@ def values(found: Mapping[str, Slope]) -> dict[str, float]:
     return {m.key: out[m.key] for m in MEASURES}
 
 
-def measure(
-    case: Case, video: Clip, faces: Faces, context: Context, series: Mapping[str, np.ndarray] | None = None
-) -> dict[str, float]:
-    """MEASURES of a video; identity and sync are NaN where ``series`` does not give them."""
-    return values(slopes(video, faces, series))
+def measure(case: Case, video: Clip, faces: Faces, context: Context) -> dict[str, float]:
+    """MEASURES of a video; identity and sync are NaN where no earlier module put them into ``context.series``."""
+    return values(slopes(video, faces, context.series))

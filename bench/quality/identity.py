@@ -39,9 +39,14 @@ MEASURES = (
 )
 
 
+def sampled(num_frames: int, count: int | None = None) -> np.ndarray:
+    """Indices of up to ``count`` evenly spaced frames, by default FRAMES."""
+    return np.unique(np.linspace(0, num_frames - 1, count or FRAMES).round().astype(int))
+
+
 def embed(frames: np.ndarray, faces: Faces, embedder: Embedder, count: int | None = None) -> np.ndarray:
-    """Unit-length embeddings [n, D] of up to ``count`` evenly spaced frames, by default FRAMES."""
-    picks = np.unique(np.linspace(0, len(frames) - 1, count or FRAMES).round().astype(int))
+    """Unit-length embeddings [n, D] of the ``sampled`` frames."""
+    picks = sampled(len(frames), count)
     squares = crops(frames[picks], Faces(faces.boxes[picks], faces.found[picks]), embedder.side)
     return np.stack([embedder(square) for square in squares])
 
@@ -73,12 +78,15 @@ def prepare(case: Case, faces: Faces, context: Context) -> dict[str, np.ndarray]
 def measure(case: Case, video: Clip, faces: Faces, context: Context) -> dict[str, float]:
     """The measures of one video. Those against other people's references are NaN where the set has none."""
     found = embed(video.frames, faces, context.embedder)
-    own = similarity(found, context.facts(case, "identity")["embedding"])
+    reference = context.facts(case, "identity")["embedding"]
+    own = similarity(found, reference)
+    context.series["identity"] = np.full(len(video.frames), np.nan)
+    context.series["identity"][sampled(len(video.frames))] = found @ reference
     others = [r.facts["identity"]["embedding"] for r in context.others(case)]
     nearest = max((similarity(found, other) for other in others), default=np.nan)
     return {
         "identity": own,
-        "identity_worst": float((found @ context.facts(case, "identity")["embedding"]).min()),
+        "identity_worst": float((found @ reference).min()),
         "identity_margin": own - nearest,
         "identity_top1": float(own > nearest) if others else np.nan,
         "face_missed": float(1 - faces.found.mean()),
@@ -105,7 +113,7 @@ def _report(name: str, pairs: list[tuple[np.ndarray, np.ndarray]], people: list[
     looked = missed = 0
     for pair in pairs:
         for part, frames in zip(parts, pair, strict=True):
-            picks = np.unique(np.linspace(0, len(frames) - 1, FRAMES).round().astype(int))
+            picks = sampled(len(frames))
             faces = find_faces(frames[picks], FPS * len(picks) / len(frames))
             looked, missed = looked + len(picks), missed + int((~faces.found).sum())
             part.append(embed(frames[picks], faces, embedder))

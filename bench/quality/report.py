@@ -38,6 +38,7 @@ from bench.quality.statistics import (
     systems_of,
 )
 
+EXPECTED = Path(__file__).parent / "expected.json"
 FAMILIES = ("identity", "sync", "motion", "style", "leakage", "visual", "qalign", "drift")  # modules of measures
 COLUMNS, HEIGHT = 8, 96  # of a strip of frames
 REFERENCE, TARGET = "reference", "target"
@@ -255,7 +256,7 @@ def main(arguments: list[str] | None = None) -> int:
         facts = _about_from(a.about) if a.about else about()
         if a.cases and not a.cases.is_dir():
             raise InputError(f"--cases: there is no folder {a.cases}")
-        _empty(a.out)
+        clear(a.out)
         document = build(
             rows, measures, a.out, versus=a.versus, expectations=expectations, cases=a.cases, systems=systems,
             facts=facts, title=a.title,
@@ -269,9 +270,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _empty(out: Path) -> None:
+def clear(out: Path) -> None:
     """Removes an earlier report, so that no old picture stays. Raises: InputError on a folder that is none."""
-    if out.is_dir() and any(out.iterdir()) and not (out / "summary.json").is_file():
+    strangers = out.is_dir() and {p.name for p in out.iterdir()} - {"scores.csv"}
+    if strangers and not (out / "summary.json").is_file():
         raise InputError(f"{out}: expected an empty folder or an earlier report, got a folder with other files")
     for part in ("videos", "strips"):
         shutil.rmtree(out / part, ignore_errors=True)

@@ -33,12 +33,14 @@ from bench.quality.degraded import DEGRADED, degrade
 from bench.quality.faces import find_faces
 from bench.quality.generate import another_person
 from bench.quality.measure import Measure
+from bench.quality.statistics import centre
 
 MODULES = ("identity", "sync", "motion", "style", "leakage", "visual", "drift")
 """Modules of measures: each has MEASURES and ``measure(case, video, faces, context) -> dict[str, float]``.
 
 ``prepare(case, faces, context) -> dict[str, ndarray]``, where there is one, is run once over each reference; its result
-is ``context.facts(case, module)``. ``available() -> str | None``, where there is one, says what the module lacks.
+is ``context.facts(case, module)``. ``available() -> str | None``, where there is one, says what the module lacks. Later
+modules may read what earlier ones put into ``context.series``.
 """
 
 OK = "ok"
@@ -139,6 +141,7 @@ def score_video(system: System, case: Case, another: Case | None, context: Conte
     row |= {m.key: math.nan for m in measures()}
     try:
         video, faces = check(case, load(system, case, another))
+        context.series.clear()
         for name, module in modules()[0].items():
             try:
                 row |= module.measure(case, video, faces, context)
@@ -178,9 +181,10 @@ def score(
 
 
 def means(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
-    """Per system: ``cases``, ``scored``, a count per problem, and ``mean`` of each measure over the scored rows.
+    """Per system: ``cases``, ``scored``, a count per problem, and the ``mean`` of each measure over the scored rows.
 
-    A value that a measure could not give is left out of that measure's mean and counted in ``unmeasured``.
+    The mean is ``statistics.centre``: 10 % trimmed at each end, plain for shares. A value that a measure could not give
+    is left out of that measure's mean and counted in ``unmeasured``.
     """
     out: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(r["system"] for r in rows):
@@ -193,7 +197,7 @@ def means(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
         for m in measures():
             values = np.array([r[m.key] for r in good], np.float64)
             there = values[~np.isnan(values)]
-            entry["mean"][m.key] = float(there.mean()) if len(there) else None
+            entry["mean"][m.key] = centre(there) if len(there) else None
             if len(there) < len(values):
                 entry["unmeasured"][m.key] = len(values) - len(there)
         out[name] = entry
@@ -245,7 +249,7 @@ class _Pool:
     def __enter__(self) -> _Pool:
         self.pool = None
         if self.workers > 1:
-            fresh = replace(self.context, references={})
+            fresh = replace(self.context, references={}, series={})
             self.pool = multiprocessing.get_context("spawn").Pool(self.workers, _start, (fresh,))
         return self
 
