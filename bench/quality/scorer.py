@@ -77,7 +77,9 @@ class _Picture(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.stem = nn.Conv2d(2, 16, 5, stride=2, padding=2)
-        self.down = nn.ModuleList((nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.Conv2d(32, 48, 3, stride=2, padding=1)))
+        self.down = nn.ModuleList(
+            (nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.Conv2d(32, 48, 3, stride=2, padding=1))
+        )
         self.same = nn.ModuleList((nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(48, 48, 3, padding=1)))
         self.norms = nn.ModuleList(nn.GroupNorm(8, c) for c in (16, 32, 32, 48, 48))
         self.out = nn.Linear(48 * 25, dim)
@@ -160,7 +162,7 @@ class SyncNetwork(nn.Module):
 
 
 class SyncScorer:
-    """The trained network, ready to embed a clip. Raises ArtifactError where the weights are not what they should be."""
+    """The trained network, ready to embed a clip. Raises ArtifactError where the weights do not fit it."""
 
     def __init__(self, weights: Path = WEIGHTS) -> None:
         self.network = SyncNetwork()
