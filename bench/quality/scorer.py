@@ -1,164 +1,22 @@
-"""Our own lip-sync network: windows of five mouth crops and of sound, as points whose distance says how well they fit.
+"""Our own lip-sync scorer: the network of avatar_rt/models/sync.py with the weights beside this file.
 
-It takes the place of SyncNet in the LSE protocol (lse.py) where nobody has SyncNet's weights. What it measures is
-named ``LSE-C*``, ``LSE-D*`` and ``offset*``, and compares with nothing but itself. Trained by training/methods/sync.py
-on rendered people only; ``weights/sync.json`` says with what.
-
-Unlike SyncNet's, the sound's view is longer than the five frames (about 0.35 s to each side), the picture is grey and
-shows the mouth only, and both are standardised over the clip, which is what carries over from rendered to real people.
+What it measures by the LSE protocol (lse.py) is named ``LSE-C*``, ``LSE-D*`` and ``offset*``, and compares with nothing
+but itself. Trained by training/methods/sync.py on rendered people only; ``weights/sync.json`` says with what.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from avatar_rt.config import SAMPLES_PER_FRAME
 from avatar_rt.errors import InputError
-from avatar_rt.models.speech import LogMel
+from avatar_rt.media.mouth import mouth_crops
+from avatar_rt.models.sync import PIXELS, SyncNetwork
 from avatar_rt.models.weights import load_weights
 
 WEIGHTS = Path(__file__).parent / "weights" / "sync.safetensors"
-PIXELS = 40  # side of a mouth crop
-MOUTH_SIDE, MOUTH_DROP = 0.68, 0.30  # the crop's side and its centre's drop below the face box's, in box heights
-WINDOW = 5
-EMBEDDING = 64
-NUM_MELS = 40
-_MEL_PAD = 120  # samples to each side, so that four mel frames lie evenly in a video frame
-
-
-def mouth_squares(boxes: np.ndarray) -> np.ndarray:
-    """Face boxes [F, 4], hairline to chin -> centre x, y and side of the squares around the mouths, float64 [F, 3]."""
-    x0, y0, x1, y1 = np.asarray(boxes, np.float64).T
-    height = y1 - y0
-    return np.stack(((x0 + x1) / 2, (y0 + y1) / 2 + MOUTH_DROP * height, MOUTH_SIDE * height), axis=1)
-
-
-def cut_squares(frames: np.ndarray, to_frame: np.ndarray, pixels: int = PIXELS) -> np.ndarray:
-    """Sample a grey square out of every frame.
-
-    Args:
-        frames: uint8 [F, H, W, 3] RGB, or grey [F, H, W].
-        to_frame: float64 [F, 2, 3], from the square's coordinates (-0.5..0.5 to both sides) to pixels.
-
-    Returns: float32 [F, pixels, pixels] in 0..255. Sampled finely and averaged where the square is being scaled down.
-    """
-    out = np.empty((len(frames), pixels, pixels), np.float32)
-    scale = float(np.median(np.linalg.norm(to_frame[:, :, 0], axis=1))) / pixels
-    fine = pixels * int(np.clip(np.ceil(scale), 1, 8))
-    grid = np.array([[1 / fine, 0, 0.5 / fine - 0.5], [0, 1 / fine, 0.5 / fine - 0.5], [0, 0, 1]])
-    for square, frame, matrix in zip(out, frames, to_frame, strict=True):
-        grey = frame if frame.ndim == 2 else cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
-        cut = cv2.warpAffine(
-            grey, matrix @ grid, (fine, fine), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-            borderMode=cv2.BORDER_REPLICATE,
-        )  # fmt: skip
-        square[:] = cut if fine == pixels else cv2.resize(cut, (pixels, pixels), interpolation=cv2.INTER_AREA)
-    return out
-
-
-def mouth_crops(frames: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """uint8 [F, H, W, 3] and face boxes [F, 4] -> grey mouths, float32 [F, PIXELS, PIXELS] in 0..255."""
-    x, y, side = mouth_squares(boxes).T
-    to_frame = np.zeros((len(x), 2, 3))
-    to_frame[:, 0, 0] = to_frame[:, 1, 1] = side
-    to_frame[:, 0, 2], to_frame[:, 1, 2] = x - 0.5, y - 0.5  # pixel centres lie at whole numbers
-    return cut_squares(frames, to_frame)
-
-
-class _Picture(nn.Module):
-    """Mouth crops -> features of each frame. [N, 2, PIXELS, PIXELS] -> [N, dim]."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(2, 16, 5, stride=2, padding=2)
-        self.down = nn.ModuleList(
-            (nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.Conv2d(32, 48, 3, stride=2, padding=1))
-        )
-        self.same = nn.ModuleList((nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(48, 48, 3, padding=1)))
-        self.norms = nn.ModuleList(nn.GroupNorm(8, c) for c in (16, 32, 32, 48, 48))
-        self.out = nn.Linear(48 * 25, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.silu(self.norms[0](self.stem(x)))
-        for i, (down, same) in enumerate(zip(self.down, self.same, strict=True)):
-            x = F.silu(self.norms[1 + 2 * i](down(x)))
-            x = x + F.silu(self.norms[2 + 2 * i](same(x)))
-        return self.out(x.flatten(1))
-
-
-class _Turn(nn.Module):
-    """Residual convolution in time over the last axis of [B, dim, L]; without padding the result is 2 d shorter."""
-
-    def __init__(self, dim: int, dilation: int, pad: bool) -> None:
-        super().__init__()
-        self.dilation, self.pad = dilation, pad
-        self.norm = nn.GroupNorm(1, dim)
-        self.widen = nn.Conv1d(dim, dim, 3, dilation=dilation)
-        self.narrow = nn.Conv1d(dim, dim, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        d = self.dilation
-        x = F.pad(x, (d, d)) if self.pad else x
-        h = self.norm(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
-        return x[..., d:-d] + self.narrow(F.silu(self.widen(h)))
-
-
-class SyncNetwork(nn.Module):
-    """Video windows and sound windows to points in one space; not unit vectors: what says little may stay near 0."""
-
-    def __init__(self, dim: int = 96) -> None:
-        super().__init__()
-        self.picture = _Picture(dim)
-        self.picture_turns = nn.ModuleList((_Turn(dim, 1, pad=False), _Turn(dim, 1, pad=False)))
-        self.picture_out = nn.Linear(dim, EMBEDDING)
-        self.mel = LogMel(NUM_MELS)
-        self.sound_stem = nn.ModuleList(
-            (
-                nn.Conv1d(NUM_MELS, dim, 5, padding=2),
-                nn.Conv1d(dim, dim, 4, stride=2, padding=1),
-                nn.Conv1d(dim, dim, 4, stride=2, padding=1),
-            )
-        )
-        self.sound_turns = nn.ModuleList(_Turn(dim, d, pad=True) for d in (1, 2, 4))
-        self.sound_out = nn.Linear(dim, EMBEDDING)
-
-    def picture_features(self, mouths: Tensor) -> Tensor:
-        """Grey mouths [B, F, PIXELS, PIXELS] -> [B, F, dim], each frame for itself but for the clip's own mean."""
-        x = mouths.float()
-        x = x - x.mean((1, 2, 3), keepdim=True)
-        x = x / x.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1.0)
-        moving = x - x.mean(1, keepdim=True)  # without what the face always looks like
-        both = torch.stack((x, moving / moving.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=0.02)), dim=2)
-        return self.picture(both.flatten(0, 1)).unflatten(0, x.shape[:2])
-
-    def picture_points(self, features: Tensor) -> Tensor:
-        """[B, F, dim] -> [B, F - 4, EMBEDDING], one for every window of five frames."""
-        x = features.transpose(1, 2)
-        for turn in self.picture_turns:
-            x = turn(x)
-        return self.picture_out(x.transpose(1, 2)).float()
-
-    def sound_features(self, wave: Tensor) -> Tensor:
-        """16 kHz sound [B, S] -> [B, F, dim], F = S // 640; every mel band standardised over the clip."""
-        num_frames = wave.shape[1] // SAMPLES_PER_FRAME
-        wave = F.pad(wave[:, : num_frames * SAMPLES_PER_FRAME], (_MEL_PAD, _MEL_PAD))
-        x = self.mel(wave)
-        x = (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True).clamp(min=0.05)
-        for conv in self.sound_stem:
-            x = F.silu(conv(x))
-        for turn in self.sound_turns:
-            x = turn(x)
-        return x.transpose(1, 2)
-
-    def sound_points(self, features: Tensor) -> Tensor:
-        """[B, F, dim] -> [B, F - 4, EMBEDDING]: point i belongs to frames i .. i + 4, as a video window does."""
-        return self.sound_out(features[:, WINDOW // 2 : features.shape[1] - WINDOW // 2]).float()
 
 
 class SyncScorer:
@@ -185,7 +43,7 @@ class SyncScorer:
                 f"sync: expected frames [F, H, W, 3], boxes [F, 4] and sound [S], got {list(frames.shape)}, "
                 f"{list(boxes.shape)} and {list(sound.shape)}"
             )
-        return self.picture(mouth_crops(frames, boxes)), self.sound(sound)
+        return self.picture(mouth_crops(frames, boxes, PIXELS)), self.sound(sound)
 
     @torch.inference_mode()
     def picture(self, mouths: np.ndarray) -> np.ndarray:

@@ -17,8 +17,9 @@ import csv
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -32,14 +33,12 @@ from bench.quality.measure import Measure
 from bench.quality.scorer import SyncScorer
 from bench.quality.syncnet import EPS, SyncNetScorer
 
-if TYPE_CHECKING:
-    from training.data.corpus import Corpus
-
 MIN_FRAMES = 75  # in a shorter video the zero vectors beyond its ends weigh too much
 MIN_LEVEL = 1e-3  # RMS of the loudest frame, of full scale 1
 MIN_FOUND = 0.5
 SHIFTS = range(-10, 11)
 USUAL_LEAD = 0.085  # seconds by which rendered mouths are ahead, where a case does not say
+VALIDATION_STRIDE = 20  # every 20th identity of a corpus is for validation
 IN_STEP = 2  # |sync_lag| of the real clips that count
 
 MEASURES = (
@@ -139,38 +138,60 @@ def shift_test(scorer: SyncScorer, frames: np.ndarray, boxes: np.ndarray, sound:
     return np.array(errors)
 
 
-def corpus_clips(corpus: Corpus) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray, float]]:
-    """name, frames, boxes as a tracker would smooth them, sound and lead of every clip of a corpus."""
-    from training.methods.sync import smooth_boxes
+@dataclass(frozen=True)
+class Spoken:
+    """A clip of the shift test: frames uint8 [F, H, W, 3], sound fp32 [S] or None, and what is known of its sync."""
 
-    for clip in range(len(corpus)):
-        meta = corpus.meta[clip]
-        sound = corpus.audio(clip).astype(np.float32) / 32768
-        name = f"identity {meta['identity']} take {meta['take']}"
-        yield name, corpus.frames(clip), smooth_boxes(corpus.facebox(clip)), sound, float(meta["style"]["lead"])
+    name: str
+    frames: np.ndarray
+    sound: np.ndarray | None
+    known: float
+
+    def faces(self) -> Faces:
+        """By the engine's own tracker. Raises InputError where it finds no face."""
+        track = track_face(self.frames, name=self.name)
+        return Faces(track.boxes, track.present)
 
 
-def case_clips(folder: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray, float]]:
-    """The same of the true videos of a folder of held-out cases."""
-    from training.methods.sync import smooth_boxes
+def corpus_clips(folder: Path) -> Iterator[Spoken]:
+    """The validation clips of a rendered corpus (every 20th identity); ``known`` is the lead.
 
-    for path in sorted(Path(folder).glob("case-*")):
+    Raises: InputError where no corpus is.
+    """
+    shards = sorted(Path(folder).glob("shard-[0-9]*"))
+    if not shards:
+        raise InputError(f"{folder}: expected a corpus of training.data.render (shard-00000, ...), found none")
+    for shard in shards:
+        frames, audio = (np.load(shard / f"{name}.npy", mmap_mode="r") for name in ("frames", "audio"))
+        for row, line in enumerate((shard / "meta.jsonl").read_text().splitlines()):
+            meta = json.loads(line)
+            if meta["identity"] % VALIDATION_STRIDE == 0:
+                name = f"identity {meta['identity']} take {meta['take']}"
+                sound = np.array(audio[row]).astype(np.float32) / 32768
+                yield Spoken(name, np.array(frames[row]), sound, float(meta["style"]["lead"]))
+
+
+def case_clips(folder: Path) -> Iterator[Spoken]:
+    """The true videos of a folder of held-out cases; ``known`` is the lead. Raises InputError where there are none."""
+    cases = sorted(Path(folder).glob("case-*"))
+    if not cases:
+        raise InputError(f"{folder}: expected a folder of cases (case-00, ...), found none")
+    for path in cases:
         clip = read_video(path / "target.mp4")
         with np.load(path / "truth.npz") as truth:
-            boxes = truth["facebox"].astype(np.float32)
             lead = float(truth["style"][1]) if "style" in truth else USUAL_LEAD
-        assert clip.audio is not None
-        yield path.name, clip.frames, smooth_boxes(boxes), clip.audio, lead
+        yield Spoken(path.name, clip.frames, clip.audio, lead)
 
 
-def real_clips(folder: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray, int]]:
-    """name, crops, boxes, sound and ``sync_lag`` of the clips in which somebody else's scorer heard speech."""
+def real_clips(folder: Path) -> Iterator[Spoken]:
+    """Face crops of the real clips in which another scorer found a lag; ``known`` is that lag in frames."""
+    if not (folder / "clips.csv").is_file():
+        raise InputError(f"{folder}: expected a folder with clips.csv and clips, found none")
     with open(folder / "clips.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["sync_lag"]]
     for row in rows:
         clip = read_face(folder / "clips" / row["file"], 128)
-        if clip.audio is not None:
-            yield row["file"], clip.frames, track_face(clip.frames).boxes, clip.audio, int(row["sync_lag"])
+        yield Spoken(row["file"], clip.frames, clip.audio, int(row["sync_lag"]))
 
 
 def _shares(errors: list[np.ndarray]) -> dict[str, float | int]:
@@ -181,45 +202,44 @@ def _shares(errors: list[np.ndarray]) -> dict[str, float | int]:
 
 
 def _test(a: argparse.Namespace, scorer: SyncScorer) -> dict[str, Any]:
-    errors, shown, skipped = [], [], 0
     if a.real is not None:
-        clips: Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray, float]] = real_clips(a.real)
-    elif a.corpus is not None:
-        from training.data.corpus import Corpus
-
-        clips = corpus_clips(Corpus(a.corpus, "val"))
+        clips = real_clips(a.real)
     else:
-        clips = case_clips(a.cases)
-    for name, frames, boxes, sound, known in clips:
-        reason = refusal(frames, Faces(boxes, np.ones(len(frames), bool)), sound)
-        if reason is not None:
-            print(f"{name}: left out, {reason}")
-            skipped += 1
+        clips = corpus_clips(a.corpus) if a.corpus is not None else case_clips(a.cases)
+    errors, out_of_step, left_out = [], 0, 0
+    for clip in clips:
+        try:
+            faces = clip.faces()
+            reason = refusal(clip.frames, faces, clip.sound)
+        except InputError as e:
+            reason = str(e)
+        if reason is not None or clip.sound is None:
+            print(f"{clip.name}: left out, {reason}")
+            left_out += 1
             continue
-        lead = 0.0 if a.real is not None else known
-        error = shift_test(scorer, frames, boxes, sound, lead)
-        counts = a.real is None or abs(known) <= IN_STEP
-        (errors if counts else shown).append(error)
-        if a.real is not None:
-            told = "" if counts else f"; out of step by another scorer's {known:+.0f} frames: not counted"
-            print(
-                f"{name}: {np.mean(np.abs(error) <= 1):.0%} right, median error {np.median(error):+g}{told}", flush=True
-            )
+        error = shift_test(scorer, clip.frames, faces.boxes, clip.sound, clip.known if a.real is None else 0.0)
+        told = f"{np.mean(np.abs(error) <= 1):.0%} right, median error {np.median(error):+g}"
+        if a.real is not None and abs(clip.known) > IN_STEP:
+            out_of_step += 1
+            told += f"; another scorer finds it {clip.known:+.0f} frames out of step: not counted"
+        else:
+            errors.append(error)
+        print(f"{clip.name}: {told}", flush=True)
     if not errors:
         raise InputError("sync: expected clips to test, found none")
     kind = "real" if a.real is not None else "procedural"
-    return {"set": kind, "shifts": len(SHIFTS), "left_out": skipped, "out_of_step": len(shown), **_shares(errors)}
+    return {"set": kind, "shifts": len(SHIFTS), "left_out": left_out, "out_of_step": out_of_step, **_shares(errors)}
 
 
 def _score(a: argparse.Namespace) -> dict[str, Any]:
     clip = read_video(a.video)
-    boxes = track_face(clip.frames, name=str(a.video)).boxes
-    faces = Faces(boxes, np.ones(len(boxes), bool))
+    track = track_face(clip.frames, name=str(a.video))
+    faces = Faces(track.boxes, track.present)
     if (reason := refusal(clip.frames, faces, clip.audio)) is not None or clip.audio is None:
         raise InputError(f"{a.video}: no sync score, {reason}")
     if a.syncnet is None:
         return score_sync(clip.frames, faces, clip.audio)
-    return score_syncnet(clip.frames, boxes, clip.audio, SyncNetScorer(a.syncnet))
+    return score_syncnet(clip.frames, track.boxes, clip.audio, SyncNetScorer(a.syncnet))
 
 
 def main(arguments: list[str] | None = None) -> int:

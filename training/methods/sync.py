@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avatar_rt.config import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
+from avatar_rt.media.mouth import cut_squares, mouth_squares
 from avatar_rt.models.speech import MOUTH_COEFFICIENTS
-from bench.quality.lse import MAX_OFFSET
-from bench.quality.scorer import PIXELS, SyncNetwork, cut_squares, mouth_squares
+from avatar_rt.models.sync import PIXELS, SyncNetwork
 from training.methods import augment
 from training.methods.encoders import draw, mouth_targets, save_part, spread, to_wave
 
 FRAMES = 77
+MAX_OFFSET = 15  # of the LSE protocol
 LENGTH = 61  # frames drawn of a clip, of its picture and of its sound, each from its own start: their offset
 MAX_SHIFT = 14
 CHUNKS = (8, 19, 57)  # windows that vote together
@@ -62,7 +63,7 @@ class Mouths:
         """fp32 [F, PIXELS, PIXELS] from frame ``first``; ``squares`` [F, 2, 3] in mouth sides, see ``draw_squares``."""
         to_area = squares * (AREA / MARGIN)
         to_area[:, :, 2] += (AREA - 1) / 2
-        return torch.from_numpy(cut_squares(self.area[clip][first : first + len(squares)], to_area))
+        return torch.from_numpy(cut_squares(self.area[clip][first : first + len(squares)], to_area, PIXELS))
 
 
 def true_sound(corpus: Any, clip: int) -> np.ndarray:
