@@ -29,6 +29,7 @@ from bench.quality.sync import (
     shift_sound,
     shift_test,
 )  # fmt: skip
+from training.methods import sync as training
 
 CASES = Path(__file__).parent / "data" / "cases"
 NUM_CASES = 6
@@ -200,6 +201,59 @@ def test_syncnet_golden_value() -> None:
     found = score_syncnet(clip.frames, None, clip.audio, net)
     assert found["offset"] == 3
     assert found["lse_d"] == pytest.approx(5.353, abs=0.02) and found["lse_c"] == pytest.approx(10.021, abs=0.02)
+
+
+# Training
+
+
+class Marked:
+    """A corpus of one clip whose frame and sample numbers can be read off; its mouth leads by two frames."""
+
+    meta = [{"style": {"lead": 0.08}, "voice": "none"}]  # noqa: RUF012
+    identity = np.zeros(1, np.int64)
+
+    def __len__(self) -> int:
+        return 1
+
+    def frames(self, clip: int) -> np.ndarray:
+        return np.repeat(np.arange(77, dtype=np.uint8), 32 * 32 * 3).reshape(77, 32, 32, 3)
+
+    def audio(self, clip: int) -> np.ndarray:
+        return (np.arange(77 * SAMPLES_PER_FRAME) // SAMPLES_PER_FRAME).astype(np.int16)
+
+    def facebox(self, clip: int) -> np.ndarray:
+        return np.tile(np.array([8, 4, 24, 28], np.float32), (77, 1))
+
+    def mouth(self, clip: int, start: int, count: int) -> np.ndarray:
+        return np.arange(start, start + count, dtype=np.float32)
+
+    def motion(self, clip: int, start: int, count: int) -> np.ndarray:
+        return np.zeros((count, 62), np.float32)
+
+
+def test_training_draws_the_offset_that_it_says() -> None:
+    """Picture and sound of a draw are ``late`` frames apart, once the sound is as early as the mouth."""
+    method = training.SyncMethod([Marked()], [Marked()], odds=[1.0], batch=2)
+    generator = torch.Generator().manual_seed(0)
+    seen_offsets = set()
+    for _ in range(40):
+        mouths, wave, heard, seen, late = method._draw(generator)
+        assert mouths.shape == (training.LENGTH, PIXELS, PIXELS)
+        first = float(mouths[0].mean())  # frame number, whatever the crop
+        assert first == pytest.approx(float(seen[0, 0]), abs=0.5) and float(seen[0, 0] - heard[0, 0]) == int(late)
+        assert round(float(wave[0]) * 32768) == float(heard[0, 0]) + 2 or float(heard[0, 0]) >= 75
+        seen_offsets.add(int(late))
+    assert min(seen_offsets) < -8 and max(seen_offsets) > 8
+    values = method.step(0, generator)
+    assert torch.isfinite(values["loss"])
+
+
+def test_training_measures_as_the_protocol_does() -> None:
+    video, sound = torch.randn(2, 3, 30, 8)
+    found = training.offset_distances(video, sound)
+    for row in range(3):
+        wanted = lse.distances(video[row].numpy(), sound[row].numpy())
+        np.testing.assert_allclose(found[row], wanted, atol=1e-4)
 
 
 # Our own scorer

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from avatar_rt.config import SAMPLE_RATE
 from avatar_rt.errors import InputError
+from avatar_rt.media.audio import normalise_loudness
 from avatar_rt.media.mouth import mouth_crops
 from avatar_rt.models.sync import PIXELS, SyncNetwork
 from avatar_rt.models.weights import load_weights
@@ -53,6 +55,6 @@ class SyncScorer:
 
     @torch.inference_mode()
     def sound(self, sound: np.ndarray) -> np.ndarray:
-        """fp32 [S] -> fp32 [S // 640 - 4, EMBEDDING]."""
-        net = self.network
-        return net.sound_points(net.sound_features(torch.from_numpy(np.asarray(sound, np.float32))[None]))[0].numpy()
+        """fp32 [S], as loud as it may be -> fp32 [S // 640 - 4, EMBEDDING]."""
+        net, wave = self.network, normalise_loudness(sound, SAMPLE_RATE)
+        return net.sound_points(net.sound_features(torch.from_numpy(wave)[None]))[0].numpy()

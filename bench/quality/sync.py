@@ -30,7 +30,7 @@ from avatar_rt.media.reader import read_video
 from bench.quality import lse
 from bench.quality.clip import Case, Clip, Faces
 from bench.quality.measure import Measure
-from bench.quality.scorer import SyncScorer
+from bench.quality.scorer import WEIGHTS, SyncScorer
 from bench.quality.syncnet import EPS, SyncNetScorer
 
 MIN_FRAMES = 75  # in a shorter video the zero vectors beyond its ends weigh too much
@@ -227,7 +227,7 @@ def _test(a: argparse.Namespace, scorer: SyncScorer) -> dict[str, Any]:
         print(f"{clip.name}: {told}", flush=True)
     if not errors:
         raise InputError("sync: expected clips to test, found none")
-    kind = "real" if a.real is not None else "procedural"
+    kind = "real" if a.real is not None else "corpus" if a.corpus is not None else "cases"
     return {"set": kind, "shifts": len(SHIFTS), "left_out": left_out, "out_of_step": out_of_step, **_shares(errors)}
 
 
@@ -242,6 +242,12 @@ def _score(a: argparse.Namespace) -> dict[str, Any]:
     return score_syncnet(clip.frames, track.boxes, clip.audio, SyncNetScorer(a.syncnet))
 
 
+def _record(path: Path, result: dict[str, Any]) -> None:
+    card = json.loads(path.read_text()) if path.exists() else {}
+    card.setdefault("figures", {})[result["set"]] = result
+    path.write_text(json.dumps(card, indent=1) + "\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.quality.sync", description="Lip-sync scores, shift test.")
     what = parser.add_mutually_exclusive_group(required=True)
@@ -250,14 +256,17 @@ def main(arguments: list[str] | None = None) -> int:
     what.add_argument("--cases", type=Path, help="shift test on the true videos of held-out cases")
     what.add_argument("--real", type=Path, help="shift test on real clips")
     parser.add_argument("--syncnet", type=Path, help="with --video: SyncNet's weights, for LSE-C and LSE-D")
-    parser.add_argument("--weights", type=Path, help="another trained scorer than the shipped one")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="another trained scorer than the shipped one")
+    parser.add_argument("--record", action="store_true", help="write the shift test's figures into the weights' card")
     a = parser.parse_args(arguments)
     try:
         if a.video is not None:
             result = _score(a)
         else:
-            result = _test(a, SyncScorer(a.weights) if a.weights else SyncScorer())
+            result = _test(a, SyncScorer(a.weights))
             print(f"{result['set']}: {result['right']:.1%} of {result['clips']} x {result['shifts']} offsets found")
+            if a.record:
+                _record(a.weights.with_suffix(".json"), result)
     except AvatarError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

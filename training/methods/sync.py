@@ -7,6 +7,7 @@ the closure begins: so the sound is moved by exactly that lead, and offset 0 mea
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,7 @@ class SyncMethod:
     def __init__(self, train: list[Any], val: list[Any], *, odds: list[float], batch: int = 12) -> None:
         self.module = SyncModule()
         self.train, self.val, self.batch = [Mouths(c) for c in train], [Mouths(c) for c in val], batch
+        self.data, self.steps, self.metrics = {"train": [told(c) for c in train], "val": [told(c) for c in val]}, 0, {}
         self.odds = torch.tensor(odds) / sum(odds)
         targets = torch.cat(self.train[0].channels)
         self.module.mean.copy_(targets.mean(0))
@@ -252,9 +254,27 @@ class SyncMethod:
             metrics |= {f"right{which}": float(np.mean(hits)), f"median{which}": float(np.median(found))}
             pair = np.stack([torch.cat(x).numpy() for x in zip(*read)])
             metrics[f"r_opening{which}"] = float(np.corrcoef(pair)[0, 1])
+        self.steps, self.metrics = step, {k: round(v, 4) for k, v in metrics.items()}
         return metrics
 
     def export(self, out: Path) -> None:
+        """The network as ``sync.safetensors``, and its card, ``sync.json``."""
         save_part(self.module.network, out / "sync.safetensors")
-        size = sum(p.numel() for p in self.module.network.parameters())
-        (out / "sync.json").write_text(json.dumps({"parameters": size}) + "\n")
+        card = {
+            "what": "lip-sync network of avatar_rt/models/sync.py",
+            "parameters": sum(p.numel() for p in self.module.network.parameters()),
+            "data": self.data, "steps": self.steps, "commit": commit(), "validation": self.metrics,
+        }  # fmt: skip
+        (out / "sync.json").write_text(json.dumps(card, indent=1) + "\n")
+
+
+def told(corpus: Any) -> dict[str, Any]:
+    """What a corpus is, for the card."""
+    voices = sorted({str(m["voice"]).split(":")[0] for m in corpus.meta})
+    return {"rendered clips": len(corpus), "people": len(set(corpus.identity.tolist())), "voices": voices}
+
+
+def commit() -> str:
+    """The checkout's commit, or "" outside of one."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
