@@ -60,7 +60,10 @@ class _Turn(nn.Module):
 
 
 class SyncNetwork(nn.Module):
-    """Video windows and sound windows to points in one space; not unit vectors: what says little may stay near 0."""
+    """Video windows and sound windows to points on one unit sphere, so that a distance means the same in every clip.
+
+    Without the norm the picture's points grow long and distances say how long they are: a frozen picture came nearest.
+    """
 
     def __init__(self, dim: int = 96) -> None:
         super().__init__()
@@ -92,7 +95,7 @@ class SyncNetwork(nn.Module):
         x = features.transpose(1, 2)
         for turn in self.picture_turns:
             x = turn(x)
-        return self.picture_out(x.transpose(1, 2)).float()
+        return F.normalize(self.picture_out(x.transpose(1, 2)).float(), dim=-1)
 
     def sound_features(self, wave: Tensor) -> Tensor:
         """16 kHz sound [B, S] -> [B, F, dim], F = S // 640; every mel band standardised over the clip."""
@@ -108,4 +111,5 @@ class SyncNetwork(nn.Module):
 
     def sound_points(self, features: Tensor) -> Tensor:
         """[B, F, dim] -> [B, F - 4, EMBEDDING]: point i belongs to frames i .. i + 4, as a video window does."""
-        return self.sound_out(features[:, WINDOW // 2 : features.shape[1] - WINDOW // 2]).float()
+        middle = features[:, WINDOW // 2 : features.shape[1] - WINDOW // 2]
+        return F.normalize(self.sound_out(middle).float(), dim=-1)
