@@ -8,6 +8,7 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
+from avatar_rt.errors import InputError
 from avatar_rt.media.face import CROP_DROP, CROP_SIDE
 from avatar_rt.models.motion import TRANSLATION
 from training.data import raster
@@ -164,20 +165,26 @@ def caption(head: Head, scene: Scene) -> str:
     return ", ".join(parts + ([] if side == "front" else [f"lit from the {side}"]))
 
 
-def make_clip(speaker: Speaker, identity: int, take: int, *, frames: int = 77, size: int = 64, sampling: int = 3,
-              held_out: bool = False, lead: float | None = None) -> Clip:  # fmt: skip
+def make_clip(speaker: Speaker | None, identity: int, take: int, *, frames: int = 77, size: int = 64, sampling: int = 3,
+              held_out: bool = False, lead: float | None = None,
+              track: Utterance | None = None) -> Clip:  # fmt: skip
     """Take number ``take`` of an identity: the same person, voice and style, another scene and sentence.
 
     The same arguments give the same clip. ``held_out`` chooses voices and sentences that are kept out of training.
+    ``track`` is said instead of what ``speaker`` would say, by a recorded voice.
     """
     head, scene = head_of(identity), draw_scene(identity * 1009 + take)
     style, voice = manner_of(identity, held_out)
     rng = np.random.default_rng([identity, take, 22])
-    track: Utterance = make_track(speaker, voice, rng, frames, lead, held_out)
+    title = "recorded" if track is not None else voice.title
+    if track is None:
+        if speaker is None:
+            raise InputError("make_clip: expected a speaker or a track, got neither")
+        track = make_track(speaker, voice, rng, frames, lead, held_out)
     motion, shift = perform(track, style, rng, frames)
     seen = render_frames(head, scene, motion, shift, size, sampling)
     meta = {
-        "identity": identity, "take": take, "seed": scene.seed, "voice": voice.title, "sentence": track.text,
+        "identity": identity, "take": take, "seed": scene.seed, "voice": title, "sentence": track.text,
         "caption": caption(head, scene), "style": asdict(style), "scene": scene.attributes,
         "attributes": head.attributes,
     }  # fmt: skip
