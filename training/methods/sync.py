@@ -30,6 +30,10 @@ LENGTH = 61  # frames drawn of a clip, of its picture and of its sound, each fro
 MAX_SHIFT = 14
 CHUNKS = (8, 19, 57)  # windows that vote together
 AREA, MARGIN = 72, 1.6  # pixels kept around a mouth, and their side in mouth sides
+NOTE = (
+    "Rendered people only, nobody filmed. Recorded voices: LibriSpeech (Panayotov et al. 2015, CC BY 4.0), phones "
+    "placed by training.data.align. Identities that are multiples of 20 are held out, with their voices where recorded."
+)
 CHANNELS = 1 + len(MOUTH_COEFFICIENTS)
 
 
@@ -261,7 +265,7 @@ class SyncMethod:
         """The network as ``sync.safetensors``, and its card, ``sync.json``."""
         save_part(self.module.network, out / "sync.safetensors")
         card = {
-            "what": "lip-sync network of avatar_rt/models/sync.py",
+            "what": "lip-sync network of avatar_rt/models/sync.py", "licence": "Apache-2.0", "note": NOTE,
             "parameters": sum(p.numel() for p in self.module.network.parameters()),
             "data": self.data, "steps": self.steps, "commit": commit(), "validation": self.metrics,
         }  # fmt: skip
