@@ -323,7 +323,7 @@ def test_offset_counts_from_the_true_lead(scorer: SyncScorer, cases: list) -> No
     style = np.zeros(14, np.float32)
     style[1] = 0.08
     clip = Clip(frames, sound)
-    context = type("Context", (), {"sync": scorer})()
+    context = type("Context", (), {"sync": scorer, "series": {}})()
     plain = score_sync(frames, faces, sound, scorer)
     for kind, truth, lead in (("procedural", {"style": style}, 2.0), ("procedural", {}, 2.125), ("real", {}, 0.0)):
         case = Case("case", kind, "a", clip, sound, None, clip, truth)
@@ -340,7 +340,7 @@ def test_what_cannot_be_scored_is_nan_with_a_reason(scorer: SyncScorer, cases: l
         "silent": (frames, faces, np.zeros_like(sound)),
         "too short: expected 3 s": (frames[:70], Faces(faces.boxes[:70], faces.found[:70]), sound),
         "too short": (frames, faces, sound[: 60 * SAMPLES_PER_FRAME]),
-        "no face was found in 57": (frames, hidden, sound),
+        f"no face was found in {len(frames) - 20}": (frames, hidden, sound),
     }
     for reason, clip in bad.items():
         assert reason in str(refusal(*clip))

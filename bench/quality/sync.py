@@ -77,10 +77,22 @@ def score_sync(
     Returns: ``lse_c_star``, ``lse_d_star`` and ``offset_star``, frames by which the sound is late (early below 0); all
         NaN where ``refusal`` has a reason.
     """
+    return _scores(_table(frames, faces, sound, scorer))
+
+
+def _table(frames: np.ndarray, faces: Faces, sound: np.ndarray | None, scorer: SyncScorer | None) -> np.ndarray | None:
+    """``lse.distances`` of a video, or None where ``refusal`` has a reason."""
     if refusal(frames, faces, sound) is not None or sound is None:
+        return None
+    video, heard = (scorer or SyncScorer()).points(frames, faces.boxes, sound)
+    count = lse.usable_windows(len(frames), len(sound))
+    return lse.distances(video[:count], heard[:count])
+
+
+def _scores(table: np.ndarray | None) -> dict[str, float]:
+    if table is None:
         return {m.key: float("nan") for m in MEASURES}
-    scorer = scorer or SyncScorer()
-    found = _decide(*scorer.points(frames, faces.boxes, sound), lse.usable_windows(len(frames), len(sound)))
+    found = lse.decide(table)
     return {"lse_c_star": found.lse_c, "lse_d_star": found.lse_d, "offset_star": float(found.late)}
 
 
@@ -89,7 +101,12 @@ def measure(case: Case, video: Clip, faces: Faces, context: Any) -> dict[str, fl
 
     A rendered person's mouth is ahead of the sound by a lead that the case's truth knows; their offset counts from it.
     """
-    scores = score_sync(video.frames, faces, video.sound, context.sync)
+    table = _table(video.frames, faces, video.sound, context.sync)
+    if table is not None:  # how much the best offset stands out in each window: what drift looks at
+        best = table[:, lse.decide(table).late + lse.MAX_OFFSET]
+        context.series["sync"] = np.full(len(video.frames), np.nan)
+        context.series["sync"][: len(table)] = np.median(table, axis=1) - best
+    scores = _scores(table)
     return scores | {"offset_star": scores["offset_star"] - lead_of(case) * FPS}
 
 
