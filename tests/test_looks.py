@@ -9,7 +9,6 @@ import torch
 from avatar_rt.config import DiTConfig
 from avatar_rt.errors import InputError
 from avatar_rt.models.dit import velocity_of
-from avatar_rt.pipeline.reference import spread
 from training.methods.identity import IdentityMethod
 from training.methods.vae import boxes_of, look_loss
 from training.rewards.identity import SIZE, IdentityNet, crop_faces, perceptual_distance
@@ -53,12 +52,6 @@ def test_velocity_of_a_perfect_head() -> None:
         torch.testing.assert_close(velocity_of(head, z, t).double(), noise - x, rtol=1e-4, atol=1e-4)
     with pytest.raises(InputError, match="prediction: expected velocity or preconditioned"):
         DiTConfig(dim=8, ffn_dim=8, num_heads=1, num_layers=1, prediction="noise")
-
-
-def test_reference_latents_come_from_all_over_the_clip() -> None:
-    assert spread(3, 5).tolist() == [0, 1, 2]
-    assert spread(50, 3).tolist() == [0, 24, 49]
-    assert len(set(spread(17, 16).tolist())) == 16
 
 
 def test_crops_follow_the_box() -> None:

@@ -75,29 +75,22 @@ def read_reference(
     Raises: InputError when the clip is shorter than two latent frames (5 video frames).
     """
     # The first latent frame holds one video frame and looks unlike the others, so it only warms the encoder up.
-    available = (len(frames) - 1) // 4
-    if available < 1:
+    num_latents = min(cfg.reference_latents, (len(frames) - 1) // 4)
+    if num_latents < 1:
         raise InputError(f"reference: expected at least 5 frames ({5 / FPS:.1f} s) with a face, got {len(frames)}")
-    num_frames = frames_of_latents(available + 1)
+    num_frames = frames_of_latents(num_latents + 1)
     video = to_video(frames[:num_frames]).to(next(vae.parameters()).device)
-    pick = spread(available, cfg.reference_latents).to(video.device) + 1
-    latents = vae.normalize(vae.encode(video)[0].float())[:, :, pick]
+    latents = vae.normalize(vae.encode(video)[0].float())[:, :, 1:]
     features = None
     if wave is not None:
         sound = torch.zeros(num_frames * SAMPLES_PER_FRAME)
         given = torch.from_numpy(np.ascontiguousarray(wave, np.float32))[: len(sound)]
         sound[: len(given)] = given
-        per_latent = speech(sound[None].to(video.device))[:, 1:].unflatten(1, (available, -1))
-        features = per_latent[:, pick - 1].flatten(1, 2)
+        features = speech(sound[None].to(video.device))[:, 1:]
     tokens = None
     if cfg.dit.motion_dim:
-        tokens = read_motion(video, motion)[:, pick]
+        tokens = read_motion(video, motion)[:, 1:]
     return ReferenceContext(with_masks(latents, cfg.dit, 1, 0), features, tokens, text)
-
-
-def spread(available: int, wanted: int) -> Tensor:
-    """int64 indices of ``wanted`` of ``available`` latent frames, evenly over the clip; all where there are fewer."""
-    return torch.linspace(0, available - 1, min(wanted, available)).round().long()
 
 
 def read_motion(video: Tensor, motion: MotionEncoder) -> Tensor:
