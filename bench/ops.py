@@ -51,11 +51,22 @@ def run_all(run: Run) -> dict[str, Any]:
 
 
 def save(document: dict[str, Any]) -> Path:
-    """bench/results/ops-<hardware>.json as bench.report reads it: the machine beside the result."""
+    """bench/results/ops-<hardware>.json as bench.report reads it: the machine beside the result.
+
+    Of a run of ``--filter threads``, the one reading that wants a quiet machine, its figures go into the stored run,
+    each with its own commit. Raises UnsupportedError where no whole run of this hardware is stored.
+    """
     slug = re.sub(r"[^a-z0-9]+", "-", document["machine"]["name"].lower()).strip("-")
     path = RESULTS / f"ops-{slug}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": document["machine"], "result": document}, indent=1) + "\n")
+    stored = {"machine": document["machine"], "result": document}
+    if document["filter"]:
+        if not path.exists():
+            raise UnsupportedError(f"--store --filter threads: expected a whole run in {path}, there is none")
+        stored = json.loads(path.read_text())
+        commit = document["machine"]["commit"]
+        stored["result"]["two_threads"] = {d: t | {"commit": commit} for d, t in document["two_threads"].items()}
+    path.write_text(json.dumps(stored, indent=1) + "\n")
     return path
 
 
@@ -79,8 +90,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--store", action="store_true", help="write bench/results/ops-<hardware>.json and the plot")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="instead write a Chrome trace of one request")
     args = parser.parse_args(argv)
-    if args.store and (args.quick or args.filter or args.dtype):
-        parser.error("--store needs a whole run: no --quick, --filter or --dtype")
+    if args.store and (args.quick or args.filter not in ("", "threads") or args.dtype):
+        parser.error("--store needs a whole run: no --quick or --dtype, and no --filter but threads")
     return args
 
 
@@ -99,11 +110,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         args.json.write_text(json.dumps(document) + "\n")
     if args.store:
-        path = save(document)
         try:
             from bench.plot import draw
 
-            draw(path)
+            draw(save(document))
         except UnsupportedError as e:
             print(f"error: {e}", file=sys.stderr)
     print(json.dumps(document))

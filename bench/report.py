@@ -78,6 +78,34 @@ def _counts(name: str, system: dict) -> str:
     return f"{name} {system['scored']} of {system['cases']}" + (f" ({notes})" if notes else "")
 
 
+def _trust(sync: dict, identity: dict | None) -> list[str]:
+    """How often the scorers themselves are right: shift tests of sync, people told apart by the face embedding."""
+    where = {"corpus": "corpus clips of held-out people", "cases": "true videos of the cases", "real": "real clips"}
+    found = [
+        f"{f['right']:.0%} of {f['clips']} x {f['shifts']} {where[name]}" for name, f in sync.get("figures", {}).items()
+    ]
+    lines = [
+        "",
+        "Can these measures be trusted? Sound moved by -10 to 10 frames is found again within one frame in "
+        f"{', '.join(found)} (`python -m bench.quality.sync`); LSE-C* and LSE-D* are of our own scorer and not "
+        "comparable with published LSE.",
+    ]
+    if identity is not None:
+        r = identity["result"]
+        told = [
+            f"AUC {r[kind]['auc']:.4f} over {r[kind]['people']} {who}"
+            for kind, who in (
+                ("procedural", "rendered people across scenes"),
+                ("real", "real people, halves of a clip"),
+            )
+            if kind in r
+        ]
+        lines[-1] += (
+            f" The face embedding tells people apart with {', '.join(told)} (`python -m bench.quality.identity`)."
+        )
+    return lines
+
+
 def ops_results() -> list[Path]:
     """Stored runs of ``python -m bench.ops``, one per machine, CPUs first."""
     found = [(json.loads(p.read_text())["machine"]["device"] != "cpu", p) for p in sorted(RESULTS.glob("ops-*.json"))]
@@ -121,7 +149,7 @@ def _ops(data: dict) -> list[str]:
             ]
     for dtype, t in r["two_threads"].items():
         said = (
-            f"{t['speedup']:.2f}x one"
+            f"{t['speedup']:.2f}x one" + (f" (commit {t['commit']})" if "commit" in t else "")
             if t["load"] < 0.5
             else f"not measured, the machine was busy (load {t['load']:.1f})"
         )
@@ -181,6 +209,10 @@ def section() -> str:
         path = RESULTS / f"{name}.json"
         if path.exists():
             lines += _quality(json.loads(path.read_text()))
+    if lines:
+        identity = RESULTS / "quality-identity.json"
+        card = json.loads((ROOT / "bench" / "quality" / "weights" / "sync.json").read_text())
+        lines += _trust(card, json.loads(identity.read_text()) if identity.exists() else None)
     for path in ops_results():
         lines += _ops(json.loads(path.read_text()))
     return "\n".join(lines)

@@ -222,6 +222,19 @@ def test_report_and_plot_of_a_document(quick, tmp_path, monkeypatch):
     assert "](ops-growth.png)" in report.section()
 
 
+def test_a_quiet_reading_of_two_threads_goes_into_the_stored_run(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(ops, "RESULTS", tmp_path)
+    later = quick[2] | {"filter": "threads", "rows": [], "growth": {}}
+    later["machine"] = quick[2]["machine"] | {"commit": "abc1234"}
+    later["two_threads"] = {"bf16": {"one_ms": 2.0, "two_ms": 1.0, "speedup": 2.0, "load": 0.1}}
+    with pytest.raises(UnsupportedError, match="expected a whole run"):
+        ops.save(later)
+    ops.save(quick[2])
+    stored = json.loads(ops.save(later).read_text())["result"]
+    assert stored["two_threads"]["bf16"] == later["two_threads"]["bf16"] | {"commit": "abc1234"}
+    assert stored["rows"] == quick[2]["rows"] and stored["rows"]
+
+
 def test_report_shows_each_preset_once():
     keys = [("t", case, "w", "bf16") for case in ("fixed d=64", "tiny 1 s", "tiny 120 s", "wan_1_3b 10 s", "R=512")]
     assert [k[1] for k in report._longest(keys)] == ["fixed d=64", "tiny 120 s", "wan_1_3b 10 s", "R=512"]
