@@ -40,34 +40,64 @@ def store(name: str, line: str) -> Path:
     return path
 
 
+QUALITY_PAGE = "docs/quality.md"
+QUALITY_HEAD = """# Quality, measure by measure
+
+Written by `python -m bench.report --write` from `bench/results/`. The columns beside `truth` and `tiny` are true videos
+with one thing wrong each: a measure must tell the copy that is its own (`bench/quality/expected.json`); what it says of
+`tiny` counts for as much as it does.
+"""
+SETS = {
+    "procedural": "rendered cases: people, voices and sentences unseen in training",
+    "real": "clips of real people (not part of the repository; their names and hashes: `bench/quality/real.csv`)",
+}
+
+
 def _quality(data: dict) -> list[str]:
-    """One set of cases: a line a measure, a column a system, then everything that could not be scored."""
+    """One set of cases in full: a line a measure, a column a system, then everything that could not be scored."""
     r, m = data["result"], data["machine"]
-    what = {
-        "procedural": "held-out rendered cases: people, voices and sentences unseen in training",
-        "real": "clips of real people (not part of the repository; their names and hashes: `bench/quality/real.csv`)",
-    }[r["set"]]
-    systems = r["systems"]
-    lines = [
+    absent = [f"{name} ({reason})" for name, reason in r["not_here"].items()]
+    return [
         "",
-        f"{r['cases']} {what}",
-        f"(`python -m bench.quality`; encoders of weights {r['weights']}, faces by {r['embedder']}, "
-        f"commit {m['commit']}, {m['cpu']}, {r['workers']} processes, {r['seconds']:.0f} s):",
+        f"## {r['cases']} {SETS[r['set']]}",
         "",
-        f"| measure | better | {' | '.join(systems)} |",
-        "|---|---|" + "---|" * len(systems),
+        f"`python -m bench.quality`; encoders of weights {r['weights']}, faces by {r['embedder']}, commit "
+        f"{m['commit']}, {m['cpu']}, {r['workers']} processes, {r['seconds']:.0f} s.",
+        "",
+        *_measured(r["measures"], {name: s["mean"] for name, s in r["systems"].items()}),
+        "",
+        f"Scored: {'; '.join(_counts(name, s) for name, s in r['systems'].items())}.",
+    ] + ([f"Not measured on that machine: {', '.join(absent)}."] if absent else [])
+
+
+def _summary(sets: list[dict]) -> list[str]:
+    """The shipped weights on every set, beside the true videos."""
+    columns, first = {}, sets[0]
+    for data in sets:
+        r = data["result"]
+        for name, system in r["systems"].items():
+            if name in ("truth", "tiny"):
+                columns[f"{name}, {system['scored']} of {system['cases']} {r['set']}"] = system["mean"]
+    r, m = first["result"], first["machine"]
+    return [
+        "",
+        f"Weights {r['weights']}, commit {m['commit']}; copies with known faults beside them: `{QUALITY_PAGE}`.",
+        "",
+        *_measured(r["measures"], columns),
     ]
-    for measure in r["measures"]:
-        values = [s["mean"].get(measure["key"]) for s in systems.values()]
+
+
+def _measured(measures: list[dict], columns: dict[str, dict]) -> list[str]:
+    lines = [f"| measure | better | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
+    for measure in measures:
+        values = [means.get(measure["key"]) for means in columns.values()]
         if all(v is None for v in values):
             continue
         unit = f", {measure['unit']}" if measure["unit"] else ""
         better = f"{measure['target']:g}" if measure["better"] == "target" else measure["better"]
         shown = " | ".join("n/a" if v is None else f"{v:.3g}" for v in values)
         lines.append(f"| {measure['title']}{unit} | {better} | {shown} |")
-    lines += ["", f"Scored: {'; '.join(_counts(name, s) for name, s in systems.items())}."]
-    absent = [f"{name} ({reason})" for name, reason in r["not_here"].items()]
-    return lines + ([f"Not measured on that machine: {', '.join(absent)}."] if absent else [])
+    return lines
 
 
 def _counts(name: str, system: dict) -> str:
@@ -203,16 +233,22 @@ def _int8(case: str, dtype: str, rows: list[dict]) -> list[str]:
     return ["", f"int8 reference, {case}, {dtype}: {size}, {error}."]
 
 
+def quality_results() -> list[dict]:
+    """Stored runs of ``python -m bench.quality``, rendered cases first."""
+    paths = (RESULTS / f"{name}.json" for name in ("quality", "quality-real"))
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+
+def quality_page() -> str:
+    return QUALITY_HEAD + "\n".join(line for data in quality_results() for line in _quality(data)) + "\n"
+
+
 def section() -> str:
     lines = []
-    for name in ("quality", "quality-real"):
-        path = RESULTS / f"{name}.json"
-        if path.exists():
-            lines += _quality(json.loads(path.read_text()))
-    if lines:
+    if sets := quality_results():
         identity = RESULTS / "quality-identity.json"
         card = json.loads((ROOT / "bench" / "quality" / "weights" / "sync.json").read_text())
-        lines += _trust(card, json.loads(identity.read_text()) if identity.exists() else None)
+        lines += _summary(sets) + _trust(card, json.loads(identity.read_text()) if identity.exists() else None)
     for path in ops_results():
         lines += _ops(json.loads(path.read_text()))
     return "\n".join(lines)
@@ -233,6 +269,7 @@ def main() -> int:
         readme = ROOT / "README.md"
         before, _, rest = readme.read_text().partition(BEGIN)
         readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+        (ROOT / QUALITY_PAGE).write_text(quality_page())
     return 0
 
 
