@@ -56,7 +56,6 @@ SETS = {
 def _quality(data: dict) -> list[str]:
     """One set of cases in full: a line a measure, a column a system, then everything that could not be scored."""
     r, m = data["result"], data["machine"]
-    absent = [f"{name} ({reason})" for name, reason in r["not_here"].items()]
     return [
         "",
         f"## {r['cases']} {SETS[r['set']]}",
@@ -66,25 +65,33 @@ def _quality(data: dict) -> list[str]:
         "",
         *_measured(r["measures"], {name: s["mean"] for name, s in r["systems"].items()}),
         "",
-        f"Scored: {'; '.join(_counts(name, s) for name, s in r['systems'].items())}.",
-    ] + ([f"Not measured on that machine: {', '.join(absent)}."] if absent else [])
+        *_scored(r, r["systems"]),
+    ]
 
 
 def _summary(sets: list[dict]) -> list[str]:
-    """The shipped weights on every set, beside the true videos."""
-    columns, first = {}, sets[0]
+    """The shipped weights on every set, beside the true videos, then everything that could not be scored."""
+    columns, scored, first = {}, [], sets[0]
     for data in sets:
         r = data["result"]
-        for name, system in r["systems"].items():
-            if name in ("truth", "tiny"):
-                columns[f"{name}, {system['scored']} of {system['cases']} {r['set']}"] = system["mean"]
+        shown = {name: r["systems"][name] for name in ("truth", "tiny") if name in r["systems"]}
+        columns |= {f"{name}, {r['cases']} {r['set']}": system["mean"] for name, system in shown.items()}
+        scored += ["", *_scored(r, shown)]
     r, m = first["result"], first["machine"]
     return [
         "",
         f"Weights {r['weights']}, commit {m['commit']}; copies with known faults beside them: `{QUALITY_PAGE}`.",
         "",
         *_measured(r["measures"], columns),
+        *scored,
     ]
+
+
+def _scored(result: dict, systems: dict[str, dict]) -> list[str]:
+    counts = "; ".join(_counts(name, system) for name, system in systems.items())
+    lines = [f"Scored of the {result['set']} cases: {counts}."]
+    absent = [f"{name} ({reason})" for name, reason in result["not_here"].items()]
+    return lines + ([f"Not measured on that machine: {', '.join(absent)}."] if absent else [])
 
 
 def _measured(measures: list[dict], columns: dict[str, dict]) -> list[str]:

@@ -249,7 +249,8 @@ def test_the_readme_names_what_no_mean_holds(tmp_path: Path, monkeypatch: pytest
     result = {"set": "procedural", "cases": 2, "embedder": "dlib", "weights": "abc", "seconds": 9.0, "workers": 2,
               "not_here": {"drift": "it is not here"}, "systems": systems, "measures": columns}  # fmt: skip
     report.store("quality", json.dumps(result))
-    text = report.section()
-    assert "| measure | better | truth | tiny |" in text
-    assert "| Likeness | higher | 0.988 | 0.5 |" in text and "| Lag, s | 0 | 3 | n/a |" in text
-    assert "truth 2 of 2; tiny 1 of 2 (1 no_face)" in text and "drift (it is not here)" in text
+    assert "| measure | better | truth | tiny |" in report.quality_page()
+    assert "| measure | better | truth, 2 procedural | tiny, 2 procedural |" in report.section()
+    for text in (report.section(), report.quality_page()):
+        assert "| Likeness | higher | 0.988 | 0.5 |" in text and "| Lag, s | 0 | 3 | n/a |" in text
+        assert "truth 2 of 2; tiny 1 of 2 (1 no_face)" in text and "drift (it is not here)" in text
