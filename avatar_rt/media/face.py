@@ -37,7 +37,7 @@ _FAR_SIDE = 800  # pixels at which a second look is taken for a small face
 _STRIDE = 3  # a face is looked for in every third frame; smoothing covers what is between
 _BRIDGE = 0.4  # seconds without a detection that still count as present
 _AVX2 = 11  # the number OpenCV gives this feature
-_SMOOTH_PLACE, _SMOOTH_SIZE = 0.3, 0.8  # seconds, standard deviations
+SMOOTH_PLACE, SMOOTH_SIZE = 0.3, 0.8  # seconds, standard deviations
 
 
 @dataclass(frozen=True)
@@ -230,8 +230,8 @@ def _resample(path: _Path, count: int, fps: float) -> FaceTrack:
     )
     held = np.where(seen, every, before)  # where the face is away, the box stays where it was last seen
     boxes = np.stack([np.interp(held, at, steady[:, i]) for i in range(4)], axis=1)
-    boxes[:, :2] = _gaussian(boxes[:, :2], _SMOOTH_PLACE * fps)
-    boxes[:, 2:] = np.exp(_gaussian(np.log(boxes[:, 2:]), _SMOOTH_SIZE * fps))
+    boxes[:, :2] = _gaussian(boxes[:, :2], SMOOTH_PLACE * fps)
+    boxes[:, 2:] = np.exp(_gaussian(np.log(boxes[:, 2:]), SMOOTH_SIZE * fps))
     corners = np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], axis=1)
     score = np.where(seen, np.interp(every, at, path.scores), 0.0)
     return FaceTrack(corners.astype(np.float32), score.astype(np.float32), seen)

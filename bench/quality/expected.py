@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from avatar_rt.errors import InputError
+from bench.quality.documents import read_json
 from bench.quality.measure import Measure
 from bench.quality.statistics import MIN_CASES, Comparison, compare, systems_of
 
@@ -41,10 +42,7 @@ class Outcome:
 
 def read_expectations(path: Path) -> list[Expectation]:
     """Raises: InputError on a file that is no list of such entries."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: expected a list of expectations in JSON, and it cannot be read ({e})") from None
+    found = read_json(path, "a list of expectations in JSON")
     if not isinstance(found, list):
         raise InputError(f"{path}: expected a list of expectations, got {type(found).__name__}")
     for i, entry in enumerate(found):

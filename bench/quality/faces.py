@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter1d, median_filter
 
 from avatar_rt.config import FPS
 from avatar_rt.errors import InputError
-from avatar_rt.media.face import FaceTrack, crop_face, detect_faces
+from avatar_rt.media.face import SMOOTH_PLACE, SMOOTH_SIZE, FaceTrack, crop_face, detect_faces
 from avatar_rt.scene.image import NOMINAL_FACE
 from bench.quality.clip import Faces
 
@@ -21,7 +21,6 @@ from bench.quality.clip import Faces
 _SIDES = (192, 320)
 _FAR_SIDE, _FAR_FROM = 800, 500
 _BORDER = 0.3  # of the picture, repeated around it, for a face that fills it
-_SMOOTH_PLACE, _SMOOTH_SIZE = 0.3, 0.8  # seconds, standard deviations, as in media.face
 
 
 def find_faces(frames: np.ndarray, fps: float = FPS) -> Faces:
@@ -99,6 +98,6 @@ def _smooth(seen: np.ndarray, found: np.ndarray, fps: float) -> np.ndarray:
     steady = median_filter(seen, size=(3, 1), mode="nearest")
     every, at = np.arange(len(found)), np.flatnonzero(found)
     boxes = np.stack([np.interp(every, at, steady[:, i]) for i in range(4)], axis=1)
-    boxes[:, :2] = gaussian_filter1d(boxes[:, :2], _SMOOTH_PLACE * fps, axis=0, mode="nearest")
-    boxes[:, 2:] = np.exp(gaussian_filter1d(np.log(boxes[:, 2:]), _SMOOTH_SIZE * fps, axis=0, mode="nearest"))
+    boxes[:, :2] = gaussian_filter1d(boxes[:, :2], SMOOTH_PLACE * fps, axis=0, mode="nearest")
+    boxes[:, 2:] = np.exp(gaussian_filter1d(np.log(boxes[:, 2:]), SMOOTH_SIZE * fps, axis=0, mode="nearest"))
     return np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], axis=1).astype(np.float32)

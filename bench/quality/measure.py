@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MODULES = ("identity", "sync", "motion", "style", "leakage", "visual", "drift")
+"""Modules of measures: each has MEASURES and ``measure(case, video, faces, context) -> dict[str, float]``.
+
+``prepare(case, faces, context) -> dict[str, ndarray]``, where there is one, is run once over each reference; its result
+is ``context.facts(case, module)``. ``available() -> str | None``, where there is one, says what the module lacks. Later
+modules may read what earlier ones put into ``context.series``.
+"""
+
 
 @dataclass(frozen=True)
 class Measure:

@@ -23,8 +23,9 @@ from typing import Any
 
 from avatar_rt.errors import AvatarError, InputError
 from bench.quality import pages, plots, videos
+from bench.quality.documents import read_json
 from bench.quality.expected import Expectation, Outcome, check, read_expectations
-from bench.quality.measure import Measure
+from bench.quality.measure import MODULES, Measure
 from bench.quality.statistics import (
     NAMES,
     NO_ROW,
@@ -39,7 +40,7 @@ from bench.quality.statistics import (
 )
 
 EXPECTED = Path(__file__).parent / "expected.json"
-FAMILIES = ("identity", "sync", "motion", "style", "leakage", "visual", "qalign", "drift")  # modules of measures
+FAMILIES = (*MODULES, "qalign")  # Q-Align's figures come from elsewhere: its model is the user's
 COLUMNS, HEIGHT = 8, 96  # of a strip of frames
 REFERENCE, TARGET = "reference", "target"
 
@@ -139,10 +140,7 @@ def about() -> dict[str, str]:
 
 
 def _about_from(path: Path) -> dict[str, str]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: expected names and values in JSON, and it cannot be read ({e})") from None
+    found = read_json(path, "names and values in JSON")
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected names and values in JSON, got {type(found).__name__}")
     return {str(k): str(v) for k, v in found.items() if isinstance(v, str | int | float)}

@@ -32,16 +32,8 @@ from bench.quality.context import Context, ReferenceFacts
 from bench.quality.degraded import DEGRADED, degrade
 from bench.quality.faces import find_faces
 from bench.quality.generate import another_person
-from bench.quality.measure import Measure
+from bench.quality.measure import MODULES, Measure
 from bench.quality.statistics import centre
-
-MODULES = ("identity", "sync", "motion", "style", "leakage", "visual", "drift")
-"""Modules of measures: each has MEASURES and ``measure(case, video, faces, context) -> dict[str, float]``.
-
-``prepare(case, faces, context) -> dict[str, ndarray]``, where there is one, is run once over each reference; its result
-is ``context.facts(case, module)``. ``available() -> str | None``, where there is one, says what the module lacks. Later
-modules may read what earlier ones put into ``context.series``.
-"""
 
 OK = "ok"
 PROBLEMS = {
@@ -280,5 +272,5 @@ def _call(job: tuple[Any, tuple]) -> Any:
     return work(*task, _context)
 
 
-__all__ = ["DEGRADED", "MODULES", "OK", "PROBLEMS", "Row", "System", "check", "load", "means", "measures", "modules",
+__all__ = ["DEGRADED", "OK", "PROBLEMS", "Row", "System", "check", "load", "means", "measures", "modules",
            "score", "score_video", "write_csv"]  # fmt: skip

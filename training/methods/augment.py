@@ -16,6 +16,11 @@ def uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Ge
     return low + (high - low) * torch.rand(shape, generator=generator)
 
 
+def draw(count: int, generator: torch.Generator) -> int:
+    """A number below ``count``."""
+    return int(torch.randint(count, (), generator=generator))
+
+
 def some(count: int, share: float, generator: torch.Generator) -> Tensor:
     """bool [count], true for about ``share`` of them."""
     return torch.rand(count, generator=generator) < share

@@ -17,6 +17,7 @@ from avatar_rt.models.speech import MOUTH_COEFFICIENTS, SpeechEncoder
 from training.data.phonemes import ID
 from training.data.visemes import mouth_curves
 from training.methods import augment
+from training.methods.augment import draw
 
 Labelled = tuple[Tensor, Tensor, Tensor]  # wave [S], phonemes [F] (or UNKNOWN), mouth [F, 11] (or NaN); F = S // 640
 UNKNOWN = -100
@@ -44,11 +45,6 @@ def accuracies(logits: Tensor, phonemes: Tensor, suffix: str) -> dict[str, float
         f"accuracy{suffix}": float(hit[phonemes != UNKNOWN].float().mean()),
         f"sounding{suffix}": float(hit[phonemes > 0].float().mean()),
     }
-
-
-def draw(count: int, generator: torch.Generator) -> int:
-    """A number below ``count``."""
-    return int(torch.randint(count, (), generator=generator))
 
 
 def spread(count: int, most: int) -> range:

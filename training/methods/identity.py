@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from avatar_rt.models.weights import save_weights
 from training.methods import augment
+from training.methods.augment import draw
+from training.methods.encoders import to_pictures
 from training.rewards.identity import IdentityNet, crop_faces
 
 TEMPERATURE = 0.1
@@ -27,10 +29,10 @@ class IdentityMethod:
 
     def step(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         first = self.paired[torch.randint(len(self.paired), (self.people,), generator=generator)].tolist()
-        second = [self.train.siblings(c)[_below(len(self.train.siblings(c)), generator)] for c in first]
+        second = [self.train.siblings(c)[draw(len(self.train.siblings(c)), generator)] for c in first]
         frames, boxes = [], []
         for clip in first + second:
-            at = _below(self.train.num_frames, generator)
+            at = draw(self.train.num_frames, generator)
             frames.append(self.train.frames(clip, at, 1)[0])
             boxes.append(self.train.facebox(clip, at, 1)[0])
         faces, _, _ = augment.move_pictures(_faces(frames, boxes), generator)
@@ -64,9 +66,4 @@ class IdentityMethod:
 
 
 def _faces(frames: Any, boxes: Any) -> Tensor:
-    pictures = torch.from_numpy(np.stack(list(frames)).astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
-    return crop_faces(pictures, torch.from_numpy(np.stack(list(boxes)).astype(np.float32)))
-
-
-def _below(n: int, generator: torch.Generator) -> int:
-    return int(torch.randint(n, (), generator=generator))
+    return crop_faces(to_pictures(np.stack(list(frames))), torch.from_numpy(np.stack(list(boxes)).astype(np.float32)))

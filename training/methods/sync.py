@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avatar_rt.config import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
+from avatar_rt.media.face import SMOOTH_PLACE, SMOOTH_SIZE
 from avatar_rt.media.mouth import cut_squares, mouth_squares
 from avatar_rt.models.speech import MOUTH_COEFFICIENTS
 from avatar_rt.models.sync import PIXELS, SyncNetwork
 from training.methods import augment
-from training.methods.encoders import draw, mouth_targets, save_part, spread, to_wave
+from training.methods.augment import draw
+from training.methods.encoders import mouth_targets, save_part, spread, to_wave
 
 FRAMES = 77
 MAX_OFFSET = 15  # of the LSE protocol
@@ -41,7 +43,7 @@ def smooth_boxes(boxes: np.ndarray) -> np.ndarray:
     """What a tracker would make of exact face boxes [F, 4]: places and, more so, sizes smoothed in time."""
     middle, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
     out = []
-    for values, sigma in ((middle, 0.3 * FPS), (half, 0.8 * FPS)):
+    for values, sigma in ((middle, SMOOTH_PLACE * FPS), (half, SMOOTH_SIZE * FPS)):
         out.append(cv2.GaussianBlur(values.astype(np.float64), (1, 0), sigmaX=0.1, sigmaY=sigma,
                                     borderType=cv2.BORDER_REFLECT) if len(values) > 1 else values)  # fmt: skip
     return np.concatenate((out[0] - out[1], out[0] + out[1]), axis=1)

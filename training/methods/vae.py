@@ -17,6 +17,7 @@ from avatar_rt.models import vae_blocks
 from avatar_rt.models.vae import VideoVAE
 from avatar_rt.models.vae_blocks import CausalConv3d, FrameAttention, FrameConv2d, ResidualBlock
 from avatar_rt.models.weights import load_weights, save_weights
+from training.methods.augment import draw
 from training.rewards.identity import IdentityNet, crop_faces, perceptual_distance
 
 KL_WEIGHT = 1e-5  # of the mean over latent elements
@@ -93,14 +94,14 @@ class VAEMethod:
     def _draw(self, num_frames: int, generator: torch.Generator) -> Tensor:
         """[4, F, H, W]: colours in -1..1 and the weight of each pixel."""
         if self.real and torch.rand((), generator=generator) < self.real_share:
-            pool = self.real[_below(len(self.real), generator)]
-            window = pool[_below(len(pool), generator)]
-            start = _below(len(window) - num_frames + 1, generator)
+            pool = self.real[draw(len(self.real), generator)]
+            window = pool[draw(len(pool), generator)]
+            start = draw(len(window) - num_frames + 1, generator)
             frames = np.asarray(window[start : start + num_frames])
             boxes = None
         else:
-            clip = _below(len(self.train), generator)
-            start = _below(self.train.num_frames - num_frames + 1, generator)
+            clip = draw(len(self.train), generator)
+            start = draw(self.train.num_frames - num_frames + 1, generator)
             frames = np.asarray(self.train.frames(clip, start, num_frames))
             boxes = np.asarray(self.train.facebox(clip, start, num_frames))
         video = to_video(frames)
@@ -241,7 +242,7 @@ def reconstruction_losses(out: Tensor, video: Tensor, weight: Tensor) -> tuple[T
 
 def look_loss(net: IdentityNet, out: Tensor, video: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
     """Perceptual distance of the faces in every fourth frame of [B, 3, F, H, W]; a face is where ``weight`` says so."""
-    at = slice(_below(4, generator), None, 4)
+    at = slice(draw(4, generator), None, 4)
     made, true, where = (x[:, :, at].transpose(1, 2).flatten(0, 1) for x in (out, video, weight))
     boxes, seen = boxes_of(where[:, 0] > 2.25)
     if not seen.any():
@@ -284,7 +285,3 @@ def save_sheet(rows: list[Tensor], path: Path, scale: int = 2) -> None:
     picture = torch.cat(pairs, dim=1).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     path.write_bytes(cv2.imencode(".png", np.ascontiguousarray(pixels[..., ::-1]))[1].tobytes())
-
-
-def _below(n: int, generator: torch.Generator) -> int:
-    return int(torch.randint(n, (), generator=generator))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from avatar_rt.errors import InputError
+from bench.quality.documents import read_json
 from bench.quality.study.questions import KEY, fits
 
 SCHEMA = Path(__file__).parent / "schema.json"
@@ -44,10 +45,7 @@ class Sheet:
 
 def read_key(path: Path) -> dict[str, Any]:
     """Raises: InputError on a file that is not the key of a study."""
-    try:
-        key = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: expected the key of a study, and it cannot be read ({e})") from None
+    key = read_json(path, "the key of a study")
     if not isinstance(key, dict) or key.get("schema") != KEY:
         got = key.get("schema") if isinstance(key, dict) else type(key).__name__
         raise InputError(f"{path}: expected the key of a study, {KEY}, got {got!r}")
