@@ -11,7 +11,8 @@ from avatar_rt.config import PRESETS, AvatarConfig, preset
 from avatar_rt.errors import ArtifactError, AvatarError, InputError, UnsupportedError
 
 if TYPE_CHECKING:
-    from avatar_rt.engine import AvatarEngine, Reference, Session
+    from avatar_rt.engine import AvatarEngine
+    from avatar_rt.session import Reference, Session
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,12 +20,12 @@ __all__ = [
     "AvatarError", "InputError", "UnsupportedError", "ArtifactError", "__version__",
 ]  # fmt: skip
 
-_LAZY = ("AvatarEngine", "Reference", "Session")
+_LAZY = {"AvatarEngine": "engine", "Reference": "session", "Session": "session"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         import importlib
 
-        return getattr(importlib.import_module("avatar_rt.engine"), name)
+        return getattr(importlib.import_module(f"avatar_rt.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'avatar_rt' has no attribute {name!r}")

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from avatar_rt import AvatarEngine, InputError
-from avatar_rt.engine import Reference
 from avatar_rt.errors import ArtifactError, UnsupportedError
 from avatar_rt.media.audio import read_audio
 from avatar_rt.media.reader import read_video
 from avatar_rt.runtime.manifest import open_bundle, shipped_bundle, write_manifest
+from avatar_rt.session import Reference
 
 SAMPLES = Path(__file__).resolve().parents[1] / "avatar_rt" / "samples"
 

@@ -17,6 +17,7 @@ ORDER = (
     {"ops"},
     {"models", "runtime", "media"},
     {"voice", "scene", "trust", "pipeline"},
+    {"session"},
     {"engine"},
     {"__init__"},
     {"__main__"},
