@@ -24,7 +24,7 @@ from avatar_rt.errors import AvatarError, InputError
 from avatar_rt.scene.image import head_region
 from training.data.shards import FOLDER, Index, Sample, Shard, read_index, read_shard, write_index, write_shard
 
-FACE_MIN = 0.6
+FACE_MIN = 0.7
 PLACE_MAX = 0.5
 MIN_SECONDS = 2.0
 SHARD_CLIPS = 50
@@ -54,8 +54,9 @@ def identity_graph(
 
     Args:
         faces: [N, D] unit vectors; places: [N, K] of ``describe_place``; seconds: [N].
-        face_min: cosine from which two faces are one person. It belongs to the embedder: 0.6 is strict for networks of
-            ArcFace's kind, too low for dlib's, where it is about 0.92.
+        face_min: cosine from which two faces are one person. It belongs to the embedder: 0.7 lies between what our own
+            gives for one person within a video (0.89 and more) and for two people (0.57 and less) over some real
+            videos; networks of ArcFace's kind take less, dlib's more.
         place_max: similarity up to which two places are two; the same room from the same camera is above 0.8.
         min_seconds: shorter clips belong to a person, but to no pair.
 
@@ -102,9 +103,10 @@ def describe_place(picture: np.ndarray, box: np.ndarray) -> np.ndarray:
     """
     height, width = picture.shape[:2]
     kept = np.ones((height, width), bool)
-    x0, y0, x1, _ = head_region(box, height, width)
+    x0, y0, x1, y1 = head_region(box, height, width)
     shoulder = int(0.5 * (x1 - x0))
-    kept[y0:, max(x0 - shoulder, 0) : x1 + shoulder] = False
+    kept[y0:y1, x0:x1] = False
+    kept[y1:, max(x0 - shoulder, 0) : x1 + shoulder] = False
     lab = cv2.cvtColor(np.ascontiguousarray(picture), cv2.COLOR_RGB2LAB).astype(np.float32)
     out = np.full((*_GRID, 4), np.nan, np.float32)
     for i, rows in enumerate(np.array_split(np.arange(height), _GRID[0])):

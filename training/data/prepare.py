@@ -46,7 +46,7 @@ from training.data.shards import (
     write_index,
     write_shard,
 )
-from training.data.stages import Clip, Described, Embedder, Rejected, Rules
+from training.data.stages import Described, Embedder, Rejected, Rules
 from training.recipe import configuration
 from training.rewards.identity import IdentityNet, crop_faces
 
@@ -129,13 +129,14 @@ def clips_of(path: Path, shop: Workshop, rules: Rules) -> list[Described | Rejec
         shots = passed(stages.survey(path, rules))
         tracks = passed(stages.follow(shots, rules))
         segments = passed(s for t in tracks for s in stages.segment(t, rules))
-        for clip in stages.cut(segments, shop.size, rules):
-            if isinstance(clip, Clip) and shop.sync is not None:
-                clip = stages.check_sync(clip, shop.sync, rules)
-            out.append(clip if isinstance(clip, Rejected) else stages.describe(clip, shop.motion, shop.embed))
+        for group in stages.together(stages.cut(segments, shop.size, rules)):
+            clips = passed(group)
+            if shop.sync is not None:
+                clips = passed(stages.check_sync(clips, shop.sync, rules))
+            out += [stages.describe(clip, shop.motion, shop.embed) for clip in clips]
     except (InputError, cv2.error) as e:
         out.append(Rejected(0, 0, "read", str(e).splitlines()[0]))
-    return out
+    return sorted(out, key=lambda x: x.first if isinstance(x, Rejected) else x.clip.segment.first)
 
 
 def encode(source: str, found: Described, shop: Workshop, rules: Rules) -> Sample:
@@ -237,6 +238,13 @@ def prepare(videos: Path, out: Path, weights: Path, *, sync: Path | None = None,
         if index.shapes and index.shapes["motion"][0] != rules.frames:
             raise InputError(f"frames: expected {index.shapes['motion'][0]} as the clips of {folder} have, got "
                              f"{rules.frames}; choose another --out")  # fmt: skip
+    # A shard without its part of the report was broken off: its videos come again.
+    whole = {p.stem for p in (out / "report").glob("clips-*.csv")}
+    kept = tuple(s for s in index.shards if not s.name.startswith("clips-") or Path(s.name).stem in whole)
+    index = replace(index, shards=kept)
+    for path in folder.glob("*.tar"):
+        if path.name not in {s.name for s in kept}:
+            path.unlink()
     began, total, done = time.monotonic(), sum(len(j.sources) for j in jobs), 0
     print(f"{total} new videos in {len(jobs)} shards", flush=True)
     if jobs:

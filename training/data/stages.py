@@ -100,7 +100,7 @@ class Tracked:
 class Segment:
     """A window of a shot: frames ``first`` .. ``first + frames`` of the video, its boxes, its place."""
 
-    path: Path
+    shot: Shot
     first: int
     track: FaceTrack
     shape: tuple[int, int]
@@ -201,6 +201,19 @@ class _Seen:
         return tuple((i, describe_place(small, track.boxes[i] * scale)) for i, _, small in self.noted)
 
 
+def together(clips: Iterable[Clip | Rejected], most: int = 20) -> Iterator[list[Clip | Rejected]]:
+    """Neighbouring clips of one shot, at most so many: what is judged together, and held in memory."""
+    group: list[Clip | Rejected] = []
+    for clip in clips:
+        shot = next((c.segment.shot for c in group if isinstance(c, Clip)), None)
+        if len(group) == most or (isinstance(clip, Clip) and shot not in (None, clip.segment.shot)):
+            yield group
+            group = []
+        group.append(clip)
+    if group:
+        yield group
+
+
 def segment(tracked: Tracked, rules: Rules) -> Iterator[Segment | Rejected]:
     """Windows of a shot, one after the other; each with one face that is there, and large enough."""
     shot, n = tracked.shot, rules.frames
@@ -220,7 +233,7 @@ def segment(tracked: Tracked, rules: Rules) -> Iterator[Segment | Rejected]:
             yield Rejected(first, first + n, "segment", reason)
             continue
         place = min(tracked.places, key=lambda p: abs(p[0] - start - n // 2))[1]
-        yield Segment(shot.path, first, track, tracked.shape, place)
+        yield Segment(shot, first, track, tracked.shape, place)
     rest = (shot.last - shot.first) % n
     if rest:
         reason = f"{rest / FPS:.2f} s are left of the shot, expected {n / FPS:.2f} s"
@@ -232,11 +245,11 @@ def cut(segments: list[Segment], size: int, rules: Rules) -> Iterator[Clip | Rej
     if not segments:
         return
     last = segments[-1].first + rules.frames
-    whole = read_video_audio(segments[0].path, num_frames=last + MAX_OFFSET)
+    whole = read_video_audio(segments[0].shot.path, num_frames=last + MAX_OFFSET)
     if whole is None:
         yield from (Rejected(s.first, s.first + rules.frames, "cut", "the video has no sound") for s in segments)
         return
-    frames, at = iter_frames(segments[0].path), 0
+    frames, at = iter_frames(segments[0].shot.path), 0
     for s in segments:
         window = islice(frames, s.first - at, s.first - at + rules.frames)
         start, at = next(window), s.first + rules.frames
@@ -268,27 +281,40 @@ def crop_boxes(boxes: np.ndarray, size: int) -> np.ndarray:
     return ((boxes - np.tile(corner, 2)) / side[:, None] * size).astype(np.float32)
 
 
+def check_sync(clips: list[Clip], network: SyncNetwork, rules: Rules) -> list[Clip | Rejected]:
+    """Whether lips and sound fit, by our own scorer, judged together for clips of one shot: three seconds alone say
+    little. A sound that is a little off is moved, and that is recorded."""
+    if not clips:
+        return []
+    weights = [n / sum(len(c.crops) for c in clips) for n in (len(c.crops) for c in clips)]
+    mean = sum(w * sync_distances(c, network) for w, c in zip(weights, clips, strict=True))
+    late, sure = int(np.argmin(mean)) - MAX_OFFSET, float(np.median(mean) - np.min(mean))
+    reason = None
+    if sure < rules.confidence:
+        reason = f"no offset stands out: by {sure:.3f}, expected {rules.confidence}"
+    elif abs(late) > rules.realign:
+        reason = f"its sound is {late:+d} frames late, expected at most {rules.realign}"
+    if reason is not None:
+        return [Rejected(c.segment.first, c.segment.first + rules.frames, "sync", reason) for c in clips]
+    moved = late if abs(late) > rules.in_step else 0
+    return [
+        replace(c, offset=late, confidence=sure, moved=moved,
+                sound=sound_at(c.whole, c.segment.first + moved, rules.frames))
+        for c in clips
+    ]  # fmt: skip
+
+
 @torch.inference_mode()
-def check_sync(clip: Clip, network: SyncNetwork, rules: Rules) -> Clip | Rejected:
-    """Whether lips and sound fit, by our own scorer; a sound that is a little off is moved, and that is recorded."""
+def sync_distances(clip: Clip, network: SyncNetwork) -> np.ndarray:
+    """Mean distance of lips and sound [31], for a sound that is 15 frames early to 15 late."""
     mouths = torch.from_numpy(mouth_crops(clip.crops, clip.boxes, PIXELS))[None]
     seen = network.picture_points(network.picture_features(mouths))[0]
-    wave = torch.from_numpy(normalise_loudness(clip.sound, SAMPLE_RATE))[None]
+    # The video lends the sound beyond the clip's ends, so that every offset compares as many windows.
+    wide = sound_at(clip.whole, clip.segment.first - MAX_OFFSET, len(clip.crops) + 2 * MAX_OFFSET)
+    wave = torch.from_numpy(normalise_loudness(wide, SAMPLE_RATE))[None]
     heard = network.sound_points(network.sound_features(wave))[0]
-    n, means = min(len(seen), len(heard)), []
-    for late in range(-MAX_OFFSET, MAX_OFFSET + 1):  # only windows that have a partner count
-        a, b = max(0, -late), min(n, n - late)
-        means.append(float((seen[a:b] - heard[a + late : b + late]).norm(dim=-1).mean()))
-    late, sure = int(np.argmin(means)) - MAX_OFFSET, float(np.median(means) - np.min(means))
-    first, last = clip.segment.first, clip.segment.first + rules.frames
-    if sure < rules.confidence:
-        return Rejected(first, last, "sync", f"no offset stands out: by {sure:.3f}, expected {rules.confidence}")
-    if abs(late) > rules.realign:
-        return Rejected(first, last, "sync", f"its sound is {late:+d} frames late, expected at most {rules.realign}")
-    if abs(late) <= rules.in_step:
-        return replace(clip, offset=late, confidence=sure)
-    moved = sound_at(clip.whole, first + late, rules.frames)
-    return replace(clip, offset=late, confidence=sure, moved=late, sound=moved)
+    n = len(seen)
+    return np.array([float((seen - heard[k : k + n]).norm(dim=-1).mean()) for k in range(2 * MAX_OFFSET + 1)])
 
 
 @torch.inference_mode()
