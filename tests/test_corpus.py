@@ -71,6 +71,28 @@ def test_every_engine_speaks_the_same_phonemes() -> None:
     assert from_ipa("") is None and (SHAPES[0] == 0).all() and (SHAPES[1:].max(1) > 0).all()
 
 
+@pytest.mark.skipif(importlib.util.find_spec("soundfile") is None, reason="soundfile is not installed")
+@needs_espeak
+def test_other_languages_are_spoken_and_understood() -> None:
+    from training.data.languages import LANGUAGES, make_foreign_sentence
+    from training.data.phonemes import PHONEMES
+    from training.data.speech import Speaker, Voice, draw_voice
+
+    speaker, rng, heard = Speaker(), np.random.default_rng(0), {}
+    try:
+        for language in LANGUAGES:
+            said = [speaker.say(Voice("espeak", "f2", language, 1.0, 50, 50, 1.0), make_foreign_sentence(language, rng))
+                    for _ in range(4)]  # fmt: skip
+            heard[language] = {PHONEMES[p] for u in said for p, _, _ in u.phones}
+            seconds = sum(len(u.wave) for u in said) / 16_000
+            assert sum(b - a for u in said for p, a, b in u.phones if p == 0) < 0.1 * seconds  # each sound has a shape
+    finally:
+        speaker.close()
+    assert all(len(h) > 15 for h in heard.values()) and len({frozenset(h) for h in heard.values()}) == len(LANGUAGES)
+    voices = [draw_voice(np.random.default_rng(i), "male", held) for held in (False, True) for i in range(99)]
+    assert {v.accent for v in voices[:99]} >= set(LANGUAGES) and not {v.accent for v in voices[99:]} & set(LANGUAGES)
+
+
 @needs_renderer
 def test_lips_open_with_the_jaw_and_close_in_silence() -> None:
     from avatar_rt.models.motion import motion_index
