@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -74,15 +73,14 @@ def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program.multiprocessing, "get_context", lambda kind: type("Context", (), {"Pool": pool}))
 
 
-def embedder(monkeypatch: pytest.MonkeyPatch) -> None:
+def face_colours() -> stages.Embedder:
     """A few colours in place of a face network: they tell the rendered people apart."""
 
     def embed(crop: np.ndarray, box: np.ndarray) -> np.ndarray:
         colours = crop.reshape(4, 4, 4, 4, 3).mean((1, 3)).reshape(-1) - 110.0
         return colours / np.linalg.norm(colours)
 
-    make = program.Workshop
-    monkeypatch.setattr(program, "Workshop", lambda weights, sync: make(weights, sync, embed))
+    return embed
 
 
 def rows_of(out: Path) -> list[dict[str, str]]:
@@ -148,6 +146,8 @@ def test_what_cannot_be_is_said(videos: Path, weights: Path, tmp_path: Path, cap
         program.prepare(videos, tmp_path / "out", weights, rules=Rules(frames=44))
     with pytest.raises(ArtifactError, match=r"nowhere.*expected weights"):
         program.prepare(videos, tmp_path / "out", weights, sync=tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"embedder: expected MODULE:FUNCTION .*, got 'nothing:here'"):
+        program.prepare(videos, tmp_path / "out", weights, embedder="nothing:here")
     with pytest.raises(UnsupportedError, match="expected a configuration of equal height and width, got 16 and 32"):
         program.square_side(type(CFG)(**{**CFG.__dict__, "width": 32}))
     assert not (tmp_path / "out").exists()
@@ -212,11 +212,8 @@ def test_a_place_is_what_is_behind() -> None:
     assert np.isnan(nothing).all() and place_similarity(here, nothing) == 1.0  # unknown is no other place
 
 
-def test_pairs_move_together_and_the_table_finds_them(
-    videos: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    embedder(monkeypatch)
-    program.prepare(videos, tmp_path, weights, rules=Rules(frames=45), files_per_shard=1)
+def test_pairs_move_together_and_the_table_finds_them(videos: Path, weights: Path, tmp_path: Path) -> None:
+    program.prepare(videos, tmp_path, weights, rules=RULES, files_per_shard=1, embedder=f"{__name__}:face_colours")
     before = {s.key: s for shard in read_index(tmp_path / FOLDER).shards for s in read_shard(tmp_path / FOLDER, shard)}
     assert not any(any(s.paired) for s in read_index(tmp_path / FOLDER).shards)
     graph = pair_corpus(tmp_path, face_min=0.95, place_max=1.0, min_seconds=1.0)
@@ -232,7 +229,5 @@ def test_pairs_move_together_and_the_table_finds_them(
     assert len({table.meta[i]["identity"] for i in range(6)}) == len(set(graph.person.tolist())) == 3
     assert len(table.train) + len(table.val) == 4 and sum(index.shards[0].paired) == 4
     assert identity_of("a") == identity_of("a") != identity_of("b")
-    monkeypatch.undo()
-    make: Callable = make_weights
     with pytest.raises(ArtifactError, match="holds no encoded clips"):
-        pair_corpus(make(tmp_path / "empty"))
+        pair_corpus(make_weights(tmp_path / "empty"))

@@ -24,7 +24,7 @@ from avatar_rt.errors import AvatarError, InputError
 from avatar_rt.scene.image import head_region
 from training.data.shards import FOLDER, Index, Sample, Shard, read_index, read_shard, write_index, write_shard
 
-FACE_MIN = 0.7
+FACE_MIN = 0.87
 PLACE_MAX = 0.5
 MIN_SECONDS = 2.0
 SHARD_CLIPS = 50
@@ -54,9 +54,9 @@ def identity_graph(
 
     Args:
         faces: [N, D] unit vectors; places: [N, K] of ``describe_place``; seconds: [N].
-        face_min: cosine from which two faces are one person. It belongs to the embedder: 0.7 lies between what our own
-            gives for one person within a video (0.89 and more) and for two people (0.57 and less) over some real
-            videos; networks of ArcFace's kind take less, dlib's more.
+        face_min: cosine from which two faces are one person. It belongs to the embedder. Our own, which has seen
+            rendered people only, gave 0.90 and more within real videos and up to 0.84 for two people in one studio:
+            0.87 lies between, with little room. Networks made for real faces separate better, each at its own value.
         place_max: similarity up to which two places are two; the same room from the same camera is above 0.8.
         min_seconds: shorter clips belong to a person, but to no pair.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import importlib
 import io
 import multiprocessing
 import sys
@@ -102,6 +103,15 @@ def square_side(cfg: AvatarConfig) -> int:
     return cfg.height
 
 
+def named_embedder(name: str) -> Embedder:
+    """What the function MODULE:FUNCTION returns. Raises InputError where there is none."""
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)()  # type: ignore[no-any-return]
+    except (ImportError, AttributeError, ValueError, TypeError) as e:
+        raise InputError(f"embedder: expected MODULE:FUNCTION that returns a callable, got {name!r} ({e})") from None
+
+
 def own_embedder(path: Path) -> Embedder:
     """training/rewards/identity.py's network as ``stages.describe`` takes an embedder."""
     net = IdentityNet().eval()
@@ -177,11 +187,11 @@ def prepare_shard(job: Job, shop: Workshop) -> tuple[Shard | None, dict[str, tup
 _shop: Workshop | None = None  # of this process
 
 
-def _start(weights: Path, sync: Path | None) -> None:
+def _start(weights: Path, sync: Path | None, embedder: str | None) -> None:
     global _shop
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    _shop = Workshop(weights, sync)
+    _shop = Workshop(weights, sync, named_embedder(embedder) if embedder else None)
 
 
 def _work(job: Job) -> tuple[Job, tuple[Shard | None, dict[str, tuple[int, ...]], list[dict[str, Any]]]]:
@@ -216,8 +226,14 @@ def table_of(rows: list[dict[str, Any]]) -> bytes:
 
 
 def prepare(videos: Path, out: Path, weights: Path, *, sync: Path | None = None, rules: Rules | None = None,
-            workers: int = 1, files_per_shard: int = FILES_PER_SHARD) -> Counter[str]:  # fmt: skip
+            embedder: str | None = None, workers: int = 1,
+            files_per_shard: int = FILES_PER_SHARD) -> Counter[str]:  # fmt: skip
     """Prepares all videos that are new; returns how many clips of the whole report were kept, and rejected where.
+
+    Args:
+        sync: Weights of the sync scorer; None checks no sync.
+        embedder: MODULE:FUNCTION that returns a face embedder (``stages.Embedder``) in each worker; None takes our own
+            where its weights are there.
 
     Raises: InputError where there is no video or the rules cannot be; ArtifactError where weights are missing, or the
         shards that are there were made by others; UnsupportedError for a configuration that is not square.
@@ -226,6 +242,8 @@ def prepare(videos: Path, out: Path, weights: Path, *, sync: Path | None = None,
     if rules.frames % 4 != 1 or rules.frames < 5:
         raise InputError(f"frames: expected 1 + 4k, at least 5, got {rules.frames}")
     square_side(cfg := configuration(weights))
+    if embedder:
+        named_embedder(embedder)  # before any work is done
     for part in (weights / "motion.safetensors", *([sync] if sync is not None else [])):
         if not part.is_file():
             raise ArtifactError(f"{part}: expected weights, found none")
@@ -248,7 +266,7 @@ def prepare(videos: Path, out: Path, weights: Path, *, sync: Path | None = None,
     began, total, done = time.monotonic(), sum(len(j.sources) for j in jobs), 0
     print(f"{total} new videos in {len(jobs)} shards", flush=True)
     if jobs:
-        with multiprocessing.get_context("spawn").Pool(workers, _start, (weights, sync)) as pool:
+        with multiprocessing.get_context("spawn").Pool(workers, _start, (weights, sync, embedder)) as pool:
             for job, (shard, shapes, rows) in pool.imap(_work, jobs):  # in order: the report's parts have no gaps
                 others = tuple(s for s in index.shards if s.name != f"{job.name}.tar")
                 if shard is not None:
@@ -270,6 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--weights", type=Path, required=True, help="folder with vae, speech, motion .safetensors")
     parser.add_argument("--sync", type=Path, help="weights of the sync scorer; without them no sync is checked")
+    parser.add_argument("--embedder", help="MODULE:FUNCTION that returns a face embedder in place of our own")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--files-per-shard", type=int, default=FILES_PER_SHARD)
     for name, default in asdict(Rules()).items():
@@ -277,8 +296,8 @@ def main(arguments: list[str] | None = None) -> int:
     a = parser.parse_args(arguments)
     try:
         rules = Rules(**{name: getattr(a, name) for name in asdict(Rules())})
-        counts = prepare(a.videos, a.out, a.weights, sync=a.sync, rules=rules, workers=max(a.workers, 1),
-                         files_per_shard=max(a.files_per_shard, 1))  # fmt: skip
+        counts = prepare(a.videos, a.out, a.weights, sync=a.sync, rules=rules, embedder=a.embedder,
+                         workers=max(a.workers, 1), files_per_shard=max(a.files_per_shard, 1))  # fmt: skip
     except AvatarError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
