@@ -57,7 +57,7 @@ def identity_graph(
         face_min: cosine from which two faces are one person. It belongs to the embedder. Our own, which has seen
             rendered people only, gave 0.90 and more within real videos and up to 0.84 for two people in one studio:
             0.87 lies between, with little room. Networks made for real faces separate better, each at its own value.
-        place_max: similarity up to which two places are two; the same room from the same camera is above 0.8.
+        place_max: similarity up to which two places are two; one place within a video gave 0.69 and more, mostly 0.9.
         min_seconds: shorter clips belong to a person, but to no pair.
 
     Raises: InputError on arrays that do not fit together.
