@@ -20,9 +20,10 @@ needs_renderer = pytest.mark.skipif(
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
 
 
-def _fake_shard(path: Path, identities: list[int], frames: int = 5, size: int = 8) -> None:
+def fake_shard(path: Path, clips: list[tuple[int, int]], frames: int = 5, size: int = 8, seed: int = 0) -> None:
+    """A rendered shard of noise; ``clips`` are (identity, take)."""
     path.mkdir(parents=True)
-    n, rng = len(identities), np.random.default_rng(0)
+    n, rng = len(clips), np.random.default_rng(seed)
     arrays = {
         "frames": rng.integers(0, 255, (n, frames, size, size, 3), np.uint8),
         "audio": rng.integers(-99, 99, (n, frames * 640), np.int16),
@@ -34,12 +35,12 @@ def _fake_shard(path: Path, identities: list[int], frames: int = 5, size: int = 
     }
     for name in ARRAYS:
         np.save(path / f"{name}.npy", arrays[name])
-    (path / "meta.jsonl").write_text("".join(json.dumps({"identity": i}) + "\n" for i in identities))
+    (path / "meta.jsonl").write_text("".join(json.dumps({"identity": i, "take": t}) + "\n" for i, t in clips))
 
 
 def test_corpus_splits_by_identity_and_cuts(tmp_path: Path) -> None:
-    _fake_shard(tmp_path / "shard-00000", [0, 0, 1, 1])
-    _fake_shard(tmp_path / "shard-00001", [19, 20, 21])
+    fake_shard(tmp_path / "shard-00000", [(0, 0), (0, 1), (1, 0), (1, 1)])
+    fake_shard(tmp_path / "shard-00001", [(19, 0), (20, 0), (21, 0)])
     train, val, every = (Corpus(tmp_path, s) for s in ("train", "val", "all"))
     assert list(val.identity) == [0, 0, 20] and list(train.identity) == [1, 1, 19, 21] and len(every) == 7
     assert val.siblings(0) == [1] and val.siblings(2) == []
@@ -52,7 +53,7 @@ def test_corpus_splits_by_identity_and_cuts(tmp_path: Path) -> None:
 def test_a_missing_or_damaged_corpus_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="holds no corpus"):
         Corpus(tmp_path)
-    _fake_shard(tmp_path / "shard-00000", [0, 1])
+    fake_shard(tmp_path / "shard-00000", [(0, 0), (1, 0)])
     (tmp_path / "shard-00000" / "meta.jsonl").write_text('{"identity": 0}\n')
     with pytest.raises(ArtifactError, match="as many clips"):
         Corpus(tmp_path)
@@ -68,6 +69,28 @@ def test_every_engine_speaks_the_same_phonemes() -> None:
     assert set(IPA.values()) == set(FLITE.values()) - {0} == set(range(1, 40))
     assert [PHONEMES[from_ipa(x) or 0] for x in ("ˈiː", "tʃ", "ɜː", "əʊ", "ʊ")] == ["IY", "CH", "ER", "OW", "UH"]
     assert from_ipa("") is None and (SHAPES[0] == 0).all() and (SHAPES[1:].max(1) > 0).all()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("soundfile") is None, reason="soundfile is not installed")
+@needs_espeak
+def test_other_languages_are_spoken_and_understood() -> None:
+    from training.data.languages import LANGUAGES, make_foreign_sentence
+    from training.data.phonemes import PHONEMES
+    from training.data.speech import Speaker, Voice, draw_voice
+
+    speaker, rng, heard = Speaker(), np.random.default_rng(0), {}
+    try:
+        for language in LANGUAGES:
+            said = [speaker.say(Voice("espeak", "f2", language, 1.0, 50, 50, 1.0), make_foreign_sentence(language, rng))
+                    for _ in range(4)]  # fmt: skip
+            heard[language] = {PHONEMES[p] for u in said for p, _, _ in u.phones}
+            seconds = sum(len(u.wave) for u in said) / 16_000
+            assert sum(b - a for u in said for p, a, b in u.phones if p == 0) < 0.1 * seconds  # each sound has a shape
+    finally:
+        speaker.close()
+    assert all(len(h) > 15 for h in heard.values()) and len({frozenset(h) for h in heard.values()}) == len(LANGUAGES)
+    voices = [draw_voice(np.random.default_rng(i), "male", held) for held in (False, True) for i in range(99)]
+    assert {v.accent for v in voices[:99]} >= set(LANGUAGES) and not {v.accent for v in voices[99:]} & set(LANGUAGES)
 
 
 @needs_renderer

@@ -54,6 +54,12 @@ def test_two_faces_that_pass_are_not_swapped():
     assert np.abs(middle(track.boxes)[:, 0] - (70 + 1.6 * np.arange(60))).max() < 8
 
 
+def test_two_faces_of_almost_one_size_are_followed_apart():
+    """Which of them is the larger changes, and with it the order in which they are given to their paths."""
+    track = track_face(face_video(30, lambda i: [(65, 90, 70), (175, 90, 66 if i % 2 else 76)]))
+    assert np.ptp(middle(track.boxes)[:, 0]) < 4
+
+
 def test_a_face_that_leaves_is_held_and_found_again():
     faces = lambda i: [] if 25 <= i < 60 else [(80 if i < 25 else 150, 90, 70)]  # noqa: E731
     track = track_face(face_video(90, faces))

@@ -55,7 +55,7 @@ class FaceTrack:
     present: np.ndarray
 
 
-@dataclass
+@dataclass(eq=False)  # paths are told apart by identity: arrays inside have no one truth value
 class _Path:
     """Detections, one per frame at most, that are taken for one face."""
 

@@ -1,7 +1,8 @@
 """One set of phonemes for every voice: silence and the 39 sounds of American English, and who spells them how.
 
-Ids are positions in PHONEMES; 0 is silence. British vowels without a counterpart go to their nearest neighbour; a
-diphthong or an affricate that an engine writes as one symbol stays one.
+Ids are positions in PHONEMES; 0 is silence. British vowels without a counterpart go to their nearest neighbour, sounds
+of other languages to the one that looks most alike on the lips; a diphthong or an affricate that an engine writes as
+one symbol stays one.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ FLITE = {name.lower(): i for i, name in enumerate(PHONEMES)} | {
 # Symbols of the international alphabet, longest first where one begins another.
 _IPA = {
     "AA": ("ɑː", "ɑ", "ɒ", "aː"), "AE": ("æ", "a"), "AH": ("ʌ", "ə", "ɐ", "ᵊ", "ɤ"), "AO": ("ɔː", "ɔ", "oː"),
-    "AW": ("aʊ", "W"), "AY": ("aɪ", "I"), "EH": ("ɛ", "e", "ɛə", "eə"), "ER": ("ɜː", "ɜ", "ɚ", "ɝ", "əɹ"),
-    "EY": ("eɪ", "A", "eː"), "IH": ("ɪ", "ɨ", "ᵻ"), "IY": ("iː", "i", "iə"), "OW": ("oʊ", "əʊ", "O", "Q", "o"),
-    "OY": ("ɔɪ", "Y"), "UH": ("ʊ", "ʊə", "ɵ"), "UW": ("uː", "u", "ʉː", "ʉ"),
-    "B": ("b",), "CH": ("tʃ", "ʧ"), "D": ("d", "ɾ"), "DH": ("ð",), "F": ("f",), "G": ("ɡ", "g"), "HH": ("h", "ɦ"),
-    "JH": ("dʒ", "ʤ"), "K": ("k", "x"), "L": ("l", "ɫ"), "M": ("m",), "N": ("n",), "NG": ("ŋ",), "P": ("p",),
-    "R": ("ɹ", "r", "ɻ"), "S": ("s",), "SH": ("ʃ",), "T": ("t", "ʔ"), "TH": ("θ",), "V": ("v", "ʋ"), "W": ("w", "ʍ"),
-    "Y": ("j",), "Z": ("z",), "ZH": ("ʒ",),
+    "AW": ("aʊ", "W"), "AY": ("aɪ", "I"), "EH": ("ɛ", "e", "ɛə", "eə"),
+    "ER": ("ɜː", "ɜ", "ɚ", "ɝ", "əɹ", "øː", "ø", "œ"), "EY": ("eɪ", "A", "eː"), "IH": ("ɪ", "ɨ", "ᵻ"),
+    "IY": ("iː", "i", "iə"), "OW": ("oʊ", "əʊ", "O", "Q", "o"), "OY": ("ɔɪ", "Y"), "UH": ("ʊ", "ʊə", "ɵ"),
+    "UW": ("uː", "u", "ʉː", "ʉ", "yː", "y", "ʏ"), "B": ("b",), "CH": ("tʃ", "ʧ"), "D": ("d", "ɾ"), "DH": ("ð",),
+    "F": ("f",), "G": ("ɡ", "g", "ɣ", "ʁ", "ʀ"), "HH": ("h", "ɦ"), "JH": ("dʒ", "ʤ"), "K": ("k", "x", "χ"),
+    "L": ("l", "ɫ", "ʎ"), "M": ("m",), "N": ("n", "ɲ"), "NG": ("ŋ",), "P": ("p",), "R": ("ɹ", "r", "ɻ"), "S": ("s",),
+    "SH": ("ʃ",), "T": ("t", "ʔ"), "TH": ("θ",), "V": ("v", "ʋ", "β"), "W": ("w", "ʍ", "ɥ"), "Y": ("j", "ç", "ʝ"),
+    "Z": ("z",), "ZH": ("ʒ",),
 }  # fmt: skip
 IPA = {symbol: ID[name] for name, symbols in _IPA.items() for symbol in symbols}
 _LONGEST = max(map(len, IPA))

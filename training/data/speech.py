@@ -20,6 +20,7 @@ import soxr
 
 from avatar_rt.errors import UnsupportedError
 from training.data.espeak import Espeak
+from training.data.languages import LANGUAGES, make_foreign_sentence
 from training.data.phonemes import FLITE, ID, SILENCE, VOWELS, from_ipa
 from training.data.sentences import make_sentence
 
@@ -40,6 +41,7 @@ HELD_OUT = {"female": (("espeak", "f4"), ("espeak", "linda"), ("espeak", "steph2
             "male": (("flite", "rms"), ("espeak", "m3"), ("espeak", "klatt4"))}  # fmt: skip
 """Voices that the training corpus never uses; the held-out cases use no other."""
 
+FOREIGN = 0.3  # of espeak's voices
 # How far an engine's times lie behind its sound, seconds; measured where the energy of vowels and hisses fits best.
 _BEHIND = {"hibari": 0.065, "flite": 0.0, "espeak": 0.015}
 _HIBARI_DURATIONS = "/Clip_output_0"  # frames of 25 ms per symbol, inside hibari's graph
@@ -51,6 +53,7 @@ class Voice:
 
     Attributes:
         engine: "hibari", "flite" or "espeak"; name: the engine's voice, without the accent.
+        accent: of English, or a language of languages.py, which is then spoken; espeak's only.
         rate: pace, 1 is the engine's own; pitch, spread: espeak's settings, 0..99.
         formant: factor on all frequencies, by resampling; the pace is kept.
     """
@@ -92,8 +95,10 @@ def draw_voice(rng: np.random.Generator, sex: str, held_out: bool = False) -> Vo
     if sex == "male" and (engine == "hibari" or name == "slt"):
         formant = float(rng.uniform(0.72, 0.84))
     rate, pitch = float(rng.uniform(0.88, 1.18)), int(rng.integers(30, 70))
-    return Voice(engine, name, accent if engine == "espeak" else "", rate, pitch,
-                 int(rng.integers(30, 80)), formant)  # fmt: skip
+    spread = int(rng.integers(30, 80))
+    if engine == "espeak" and not held_out and rng.random() < FOREIGN:  # the held-out cases speak English
+        accent = str(rng.choice(LANGUAGES))
+    return Voice(engine, name, accent if engine == "espeak" else "", rate, pitch, spread, formant)
 
 
 def _end_with_sound(phones: list[tuple[int, float, float]], wave: np.ndarray) -> list[tuple[int, float, float]]:
@@ -236,7 +241,9 @@ def make_track(
         now = len(wave) / RATE
         wave = np.concatenate([wave, np.zeros(int(pause * RATE), np.float32)])
         phones.append((SILENCE, now, len(wave) / RATE))
-        said = speaker.say(voice, make_sentence(rng, held_out))
+        foreign = voice.accent in LANGUAGES
+        sentence = make_foreign_sentence(voice.accent, rng) if foreign else make_sentence(rng, held_out)
+        said = speaker.say(voice, sentence)
         now = len(wave) / RATE
         phones += [(p, a + now, b + now) for p, a, b in said.phones]
         wave = np.concatenate([wave, said.wave])
