@@ -116,4 +116,5 @@ class PersonalityMethod(A2VMethod):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if self.suite is None:
             return super().extras(step, b, z, v, t, g)
-        return self.suite(step, b, z, v, t, g)
+        total, parts = self.suite(step, b, z, v, t, g)
+        return total, {f"aux_{name}": part for name, part in parts.items()}

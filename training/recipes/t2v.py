@@ -27,7 +27,8 @@ LARGE: dict[str, Any] = {
 }  # fmt: skip
 """Settings for a model of ``tavr_14b``'s size, after published recipes of that size; nobody has run them here."""
 OVERFIT: dict[str, Any] = {
-    "clips": 1, "free_rate": 0.0, "drop_text": 0.0, "drop_all": 0.0, "buckets": (Bucket(3, people=4, windows=2),),
+    "clips": 1, "face_weight": 0.0, "mouth_weight": 0.0,
+    "free_rate": 0.0, "drop_text": 0.0, "drop_all": 0.0, "buckets": (Bucket(3, people=4, windows=2),),
 }  # fmt: skip
 
 
