@@ -215,7 +215,7 @@ class FlowMethod:
         t = self.times(len(b.x), bucket, generator)
         values = self.loss(b, t, generator, step=step)
         del values["plain"]
-        return values
+        return {**values, "tokens": torch.tensor(float(len(b.x) * bucket.tokens(self.cfg)))}
 
     def validate(self, step: int, out: Path) -> dict[str, float]:
         """Flow error at fixed times on held-out people, whole windows: right, and with conditions of another window."""
