@@ -51,7 +51,7 @@ class PersonalitySettings(A2VSettings):
     drop_motion: float = 0.1
     shuffle_motion: float = 0.1
     terms: dict[str, Term] = field(default_factory=dict)
-    aux_samples: int = 2
+    aux_samples: int = 1
     aux_latents: int = 2
 
 
