@@ -86,11 +86,12 @@ def test_windows_too_short_to_decode_are_left_alone() -> None:
 
 def test_auxiliary_losses_are_a_switch() -> None:
     plain = build(PersonalityMethod, PersonalitySettings(buckets=ONE))
-    assert set(plain.step(0, torch.Generator().manual_seed(0))) == {"loss", "flow", "temporal", "motion", "tokens"}
+    usual = {"loss", "flow", "temporal", "motion", "samples", "tokens"}
+    assert set(plain.step(0, torch.Generator().manual_seed(0))) == usual
     settings = PersonalitySettings(buckets=ONE, terms=ALL)
     suite = Suite(ALL, networks(), dtype=torch.float32)
     method = build(PersonalityMethod, settings, suite)
     values = method.step(5, torch.Generator().manual_seed(0))
-    assert set(values) == {"loss", "flow", "temporal", "motion", "tokens"} | {f"aux_{name}" for name in ALL}
+    assert set(values) == usual | {f"aux_{name}" for name in ALL}
     assert all(not p.requires_grad for net in vars(suite.nets).values() for p in net.parameters())
     assert not any(k.startswith(("vae", "identity")) for k in method.module.state_dict())

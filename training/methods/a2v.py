@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from training.methods.flow import Bucket
-from training.methods.stage import FlowMethod, FlowSettings, whole
+from training.methods.stage import FlowMethod, FlowSettings
 from training.methods.windows import Batch
 
 
@@ -44,8 +44,10 @@ class A2VMethod(FlowMethod):
 
     settings: A2VSettings
 
-    def draw(self, pool: Tensor, g: torch.Generator, bucket: Bucket, kind: str) -> Batch:
-        b, s = super().draw(pool, g, bucket, kind), self.settings
+    def draw(
+        self, pool: Tensor, g: torch.Generator, bucket: Bucket, kind: str, alike: torch.Generator | None = None
+    ) -> Batch:
+        b, s = super().draw(pool, g, bucket, kind, alike), self.settings
         return self.drawer.picture(b, s.picture_gap, s.picture_rate, g) if s.picture_rate else b
 
     def wrong(self) -> dict[str, tuple[str, ...]]:
@@ -58,7 +60,7 @@ class A2VMethod(FlowMethod):
         self, b: Batch, t: Tensor, keep: dict[str, Tensor], g: torch.Generator
     ) -> tuple[dict[str, Any], Tensor | None]:
         told, motion = super().conditions(b, t, keep, g)
-        silent = whole(self.module["dit"].null_audio)
+        silent = self.module["dit"].null_audio
         told["audio"] = torch.where(keep["audio"][:, None, None], b.audio, silent)
         told["anchor"], told["anchor_t"] = b.anchor, t.new_zeros(len(t))
         return told, motion

@@ -130,14 +130,31 @@ def expected_tokens(buckets: tuple[Bucket, ...], cfg: AvatarConfig) -> float:
     return sum(p * b.tokens(cfg) * b.people * b.windows for p, b in zip(share, buckets, strict=True))
 
 
+def common(step: int, stream: int = 0) -> torch.Generator:
+    """A generator for what all batches of a step have alike, whoever draws them: sizes, and what a rank that shares
+    its weights with others cannot leave out alone."""
+    return torch.Generator().manual_seed((2_654_435_761 * (4 * step + stream) + 97) % 2**63)
+
+
 def kept(
-    count: int, rates: dict[str, float], all_rate: float, generator: torch.Generator, *, apart: tuple[str, ...] = ()
+    count: int,
+    rates: dict[str, float],
+    all_rate: float,
+    generator: torch.Generator,
+    alike: torch.Generator,
+    *,
+    apart: tuple[str, ...] = (),
+    at_once: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
     """Which conditions each of ``count`` windows keeps, bool [count] by name.
 
-    Each is dropped by its own rate and its own draw, whatever becomes of the others; and ``all_rate`` of the batches
-    lose every condition that is not named in ``apart``.
+    Each is dropped by its own rate and its own draw, whatever becomes of the others; those of ``at_once`` for a whole
+    batch, drawn from ``alike``. And ``all_rate`` of the batches lose every condition that is not named in ``apart``.
     """
-    together = torch.rand((), generator=generator) >= all_rate
-    drawn = {name: torch.rand(count, generator=generator) >= rate for name, rate in rates.items()}
-    return {name: own if name in apart else own & together for name, own in drawn.items()}
+    together = torch.rand((), generator=alike) >= all_rate
+    keep = {}
+    for name, rate in rates.items():
+        draws = torch.rand((), generator=alike).expand(count) if name in at_once else None
+        own = (torch.rand(count, generator=generator) if draws is None else draws) >= rate
+        keep[name] = own if name in apart else own & together
+    return keep

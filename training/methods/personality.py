@@ -64,7 +64,7 @@ class PersonalityMethod(A2VMethod):
     """
 
     settings: PersonalitySettings
-    apart = ("motion", "own_motion")
+    apart, at_once = ("motion", "own_motion"), ("reference",)
 
     def __init__(
         self, cfg: AvatarConfig, table: Any, settings: PersonalitySettings, steps: int, suite: Suite | None = None

@@ -110,9 +110,11 @@ class FlowMethod:
     def make_drawer(self) -> Drawer:
         return Drawer(self.table, self.cfg, reference_lengths=(1,))
 
-    def draw(self, pool: Tensor, g: torch.Generator, bucket: Bucket, kind: str) -> Batch:
-        """One batch."""
-        return self.drawer(pool, g, bucket, kind)
+    def draw(
+        self, pool: Tensor, g: torch.Generator, bucket: Bucket, kind: str, alike: torch.Generator | None = None
+    ) -> Batch:
+        """One batch, see ``Drawer``."""
+        return self.drawer(pool, g, bucket, kind, alike)
 
     def rates(self) -> dict[str, float]:
         """Drop-out rate of each condition."""
@@ -135,6 +137,8 @@ class FlowMethod:
 
     apart: tuple[str, ...] = ()
     """Conditions that are not dropped with all the others."""
+    at_once: tuple[str, ...] = ()
+    """Conditions that a batch has or has not."""
 
     def wrong(self) -> dict[str, tuple[str, ...]]:
         """Validation also measures the error with these fields of the batch given to the wrong window."""
@@ -145,6 +149,12 @@ class FlowMethod:
     def kind(self, g: torch.Generator) -> str:
         at, s = float(torch.rand((), generator=g)), self.settings
         return "next" if at < s.next_rate else "free" if at < s.next_rate + s.free_rate else "first"
+
+    def batch(self, step: int, g: torch.Generator) -> tuple[Batch, Bucket]:
+        """A step's batch; its sizes and its kind follow from the step alone."""
+        alike = flow.common(step)
+        bucket = flow.draw_bucket(self.settings.buckets, step / max(self.steps, 1), alike)
+        return self.draw(self.pool("train"), g, bucket, self.kind(alike), alike), bucket
 
     def times(self, count: int, bucket: Bucket, g: torch.Generator) -> Tensor:
         """Times [count] for windows of a bucket."""
@@ -162,7 +172,10 @@ class FlowMethod:
         rates, all_rate = self.rates(), s.drop_all
         if step is None:  # what is never there is not there when it is measured either
             rates, all_rate = {name: float(rate >= 1) for name, rate in rates.items()}, 0.0
-        keep = {n: k.to(device) for n, k in flow.kept(len(b.x), rates, all_rate, g, apart=self.apart).items()}
+        drawn = flow.kept(
+            len(b.x), rates, all_rate, g, flow.common(step or 0, 1), apart=self.apart, at_once=self.at_once
+        )
+        keep = {name: k.to(device) for name, k in drawn.items()}
         b, text = b.to(device), self.context(b.clip, keep["text"])
         t_frames = t.to(device)[:, None].expand(b.given.shape).masked_fill(b.given, 0.0)
         z = flow.noised(b.x, noise, t_frames[:, None, :, None, None])
@@ -210,12 +223,12 @@ class FlowMethod:
     # ---- Method ----------------------------------------------------------------------------------------------------
 
     def step(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        bucket = flow.draw_bucket(self.settings.buckets, step / max(self.steps, 1), generator)
-        b = self.draw(self.pool("train"), generator, bucket, self.kind(generator))
+        b, bucket = self.batch(step, generator)
         t = self.times(len(b.x), bucket, generator)
         values = self.loss(b, t, generator, step=step)
         del values["plain"]
-        return {**values, "tokens": torch.tensor(float(len(b.x) * bucket.tokens(self.cfg)))}
+        count = float(len(b.x))
+        return {**values, "samples": torch.tensor(count), "tokens": torch.tensor(count * bucket.tokens(self.cfg))}
 
     def validate(self, step: int, out: Path) -> dict[str, float]:
         """Flow error at fixed times on held-out people, whole windows: right, and with conditions of another window."""
@@ -272,8 +285,3 @@ def silence(dit: nn.Module) -> None:
     for name, p in dit.named_parameters():
         if ".audio_attn.o." in name and not p.is_meta:
             nn.init.zeros_(p)
-
-
-def whole(p: Tensor) -> Tensor:
-    """A parameter outside of its module's forward: where it is sharded, all of it (differentiable)."""
-    return p.full_tensor() if hasattr(p, "full_tensor") else p

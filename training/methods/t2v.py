@@ -35,8 +35,10 @@ class T2VMethod(FlowMethod):
 
     settings: T2VSettings
 
-    def draw(self, pool: Tensor, g: torch.Generator, bucket: Bucket, kind: str) -> Batch:
-        b = super().draw(pool, g, bucket, kind)
+    def draw(
+        self, pool: Tensor, g: torch.Generator, bucket: Bucket, kind: str, alike: torch.Generator | None = None
+    ) -> Batch:
+        b = super().draw(pool, g, bucket, kind, alike)
         shown = torch.rand(len(b.x), generator=g) < self.settings.p_i2v
         if b.x.shape[2] < 2:
             return b

@@ -82,9 +82,11 @@ class Drawer:
         self.reference_lengths, self.same_scene = reference_lengths, same_scene
         self._scale: dict[int, Tensor] = {}
 
-    def __call__(self, pool: Tensor, g: torch.Generator, bucket: Bucket, kind: str) -> Batch:
+    def __call__(
+        self, pool: Tensor, g: torch.Generator, bucket: Bucket, kind: str, alike: torch.Generator | None = None
+    ) -> Batch:
         """A batch of one kind: "first" starts its clip, "free" starts anywhere with nothing carried over, "next"
-        continues (and then holds more latents than the carried ones)."""
+        continues (and then holds more latents than the carried ones). ``alike`` draws the references' length."""
         assert kind in KINDS
         table, overlap = self.table, self.cfg.chunk.overlap
         total, per = table.latents.shape[1], self.cfg.dit.audio_per_latent
@@ -107,14 +109,16 @@ class Drawer:
         batch = Batch(
             x, table.motion[clip[:, None], index], audio[:, per - 1 :] if kind == "first" else audio, given,
             with_masks(scene[:, :, None], self.cfg.dit, keep[:, None, None], 0), table.weight[clip], clip, start,
-            *self._reference(who, start[:: bucket.windows], frames, g),
+            *self._reference(who, start[:: bucket.windows], frames, g, g if alike is None else alike),
         )  # fmt: skip
         return self.smaller(batch, bucket.down) if bucket.down > 1 else batch
 
-    def _reference(self, who: Tensor, start: Tensor, frames: int, g: torch.Generator) -> tuple[Tensor, ...]:
+    def _reference(
+        self, who: Tensor, start: Tensor, frames: int, g: torch.Generator, alike: torch.Generator
+    ) -> tuple[Tensor, ...]:
         table, per = self.table, self.cfg.dit.audio_per_latent
         total = table.latents.shape[1]
-        length = self.reference_lengths[int(torch.randint(len(self.reference_lengths), (), generator=g))]
+        length = self.reference_lengths[int(torch.randint(len(self.reference_lengths), (), generator=alike))]
         picks = [int(torch.randint(len(table.siblings[i]), (), generator=g)) for i in who.tolist()]
         ref = torch.tensor([table.siblings[i][p] for i, p in zip(who.tolist(), picks, strict=True)])
         if torch.rand((), generator=g) < 0.5:
