@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,8 +12,11 @@ from small_stages import CFG, build
 
 from avatar_rt.config import SamplingConfig
 from avatar_rt.errors import InputError
+from avatar_rt.models.dit import with_masks
 from avatar_rt.ops import flow_step
-from avatar_rt.pipeline.schedule import flow_times, guidance_passes
+from avatar_rt.pipeline.denoise import ChunkState, Conditions, Scene, denoise_chunk
+from avatar_rt.pipeline.reference import ReferenceCache
+from avatar_rt.pipeline.schedule import flow_times, guidance_passes, make_schedule
 from training.methods import flow
 from training.methods.a2v import A2VMethod, A2VSettings
 from training.methods.flow import Bucket
@@ -137,6 +141,33 @@ def test_guidance_of_ones_is_the_conditioned_pass_and_weights_nest() -> None:
     passes = guidance_passes(SamplingConfig(reference_scale=r, audio_scale=a, text_scale=t), True)
     summed = sum(p.weight * of[p.reference, p.audio, p.text] for p in passes)
     torch.testing.assert_close(summed, v0 + r * (vr - v0) + a * (vra - vr) + t * (vrat - vra))
+
+
+@torch.no_grad()
+def test_a_chunk_under_guidance_of_ones_is_plain_euler_on_the_conditioned_model() -> None:
+    d, (h, w) = CFG.dit, CFG.latent_size
+    dit = _personality().module["dit"].eval()
+    for p in dit.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    sampling = replace(CFG.sampling, reference_scale=1.0, audio_scale=1.0, text_scale=1.0)
+    schedule = make_schedule(sampling, CFG.chunk, 7, has_text=False)
+    plan, empty = schedule.plan(0), torch.zeros(1, d.text_len, d.text_dim)
+    ref = torch.randn(1, d.in_channels, 2, h, w), empty, torch.randn(1, 8, d.audio_dim), torch.randn(1, 2, d.motion_dim)
+    cache = ReferenceCache(*dit.encode_reference(*ref))
+    place = Scene(torch.randn(1, d.latent_channels, 1, h, w), torch.ones(1, 1, 1, h, w))
+    given = Conditions(place, torch.randn(1, 4 * plan.latents - 3, d.audio_dim), empty, empty)
+    done = denoise_chunk(dit, CFG, schedule, plan, ChunkState(), lambda: cache, given)
+    assert done is not None
+    z = schedule.noise(plan, 0, (d.latent_channels, h, w)).transpose(0, 1)[None]
+    m = schedule.noise(plan, 1, (d.motion_dim,))[None]
+    for t, t_next in pairwise(schedule.times):
+        v, vm = dit(
+            with_masks(z, d, 0, 0), torch.full((1, plan.latents), t), empty, given.audio, ref_k=cache.k, ref_v=cache.v,
+            anchor=with_masks(place.latent, d, 1, 0), anchor_t=torch.zeros(1), motion=m,
+        )  # fmt: skip
+        z, m = z + (t_next - t) * v, m + (t_next - t) * vm
+    torch.testing.assert_close(done[0].latents, z, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(done[0].motion, m, rtol=1e-4, atol=1e-4)
 
 
 # ---- the reference and the loss ----------------------------------------------------------------------------------
