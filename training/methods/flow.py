@@ -99,7 +99,9 @@ class Bucket:
     Attributes:
         frames: Latent frames of a window.
         people: References of a batch.
-        windows: Windows of each person; they share the encoded reference, which is most of a batch's rows.
+        windows: Windows of each person; they share the encoded reference, which is most of a batch's rows. At
+            ``tiny``'s size, four latents of reference, 32 windows of one latent take half the time with 8 people that
+            they do with 32.
         down: Latents are averaged over squares of this side: 2 is half the resolution.
         first, last: Share of the steps at the run's start and at its end; between them it changes linearly.
     """
