@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 
 from avatar_rt.errors import AvatarError, InputError
-from avatar_rt.models.weights import load_weights
+from avatar_rt.models.weights import open_checkpoint
 from training.muon import ConvMuon
 from training.recipe import Method, Recipe
 
@@ -166,11 +167,14 @@ def train(recipe: Recipe, corpus: Path, out: Path, *, resume: bool = False, init
     torch.manual_seed(recipe.seed)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():  # set by torchrun
         dist.init_process_group("gloo")
-    run = Run(recipe, recipe.build(corpus), out)
+    method = recipe.build(corpus)
+    if hasattr(method, "steps"):  # --set steps=N reaches what the method spreads over the run, too
+        method.steps = recipe.steps
+    run = Run(recipe, method, out)
     if resume and (out / "checkpoint.pt").exists():
         run.load()
     elif init is not None:
-        _start_from(run.method.module, init)
+        _start_from(run.method, init)
         run.average = {k: v.clone() for k, v in run.method.module.state_dict().items()} if recipe.ema else None
     if run.rank:
         run.average = None
@@ -208,14 +212,24 @@ def train(recipe: Recipe, corpus: Path, out: Path, *, resume: bool = False, init
     return run
 
 
-def _start_from(module: nn.Module, init: Path) -> None:
-    """Weights of a checkpoint, or of a folder with one <part>.safetensors for each child of the module."""
+def _start_from(method: Method, init: Path) -> None:
+    """Weights of a checkpoint, or of a folder with one <part>.safetensors for each child of the module.
+
+    A method with ``adopt(state, source) -> names`` may take those of an earlier stage, which lack what it adds.
+    """
     if init.is_dir():
-        for name, part in module.named_children():
-            load_weights(part, init / f"{name}.safetensors", dtype=torch.float32)
+        state = {
+            f"{name}.{key}": value.float() if value.is_floating_point() else value
+            for name in dict(method.module.named_children())
+            for key, value in load_file(open_checkpoint(init / f"{name}.safetensors").path).items()
+        }
     else:
-        state = torch.load(init, weights_only=True)
-        module.load_state_dict(state["average"] or state["module"])
+        saved = torch.load(init, weights_only=True)
+        state = saved["average"] or saved["module"]
+    if not hasattr(method, "adopt"):
+        method.module.load_state_dict(state)  # copied: the optimisers hold these very parameters
+    elif new := method.adopt(state, str(init)):
+        print(f"{init}: lacks {len(new)} tensors that this stage adds; they start as initialised", flush=True)
 
 
 def _overrides(recipe: Recipe, settings: list[str]) -> Recipe:

@@ -1,0 +1,179 @@
+"""The curriculum's results as a page: what was run, what it scores, and whether each stage shows its effect."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from bench.quality.statistics import wilson
+
+PAGE = "docs/curriculum.md"
+HEAD = """# What each stage is for
+
+Written by `python -m bench.curriculum --write` from `bench/results/curriculum.json`. A stage is trained from the
+weights of the one before it; an ablation is the same stage with one thing taken away. Each makes the videos of the same
+rendered people whom no training saw, with only what its model was trained with: `t2v` gets a caption, `a2v` speech and
+a picture of the person, `personality` speech, a place and a reference of another scene. `bench.quality` scores them;
+`n/a` is what could not be measured. The flow error is the mean square of the predicted velocity's error on held-out
+people, at three times, whole chunks. The losses on decoded faces look through the motion encoder that also reads the
+mouth opening here; LSE-C* and the offset are of a network that no loss knows.
+"""
+MEASURES = (
+    ("identity_top1", "its own reference is the nearest"), ("identity", "face similarity"), ("lse_c_star", "LSE-C*"),
+    ("offset_within_2", "offset within 2 frames"), ("mouth_r", "mouth opening, r"),
+    ("style_top1", "style finds its own"), ("style_distance", "style distance"), ("background_leak", "background leak"),
+    ("sharpness", "sharpness"),
+    ("flicker", "flicker"), ("motion_energy", "motion energy"), ("loop_r", "generated motion against seen, r"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a stage should show.
+
+    Attributes:
+        text: In a few words.
+        of, beside: The leg, and the ablation it is held against, if any.
+        value: Of a leg's entry; None where it is not there.
+        bar: In words.
+        met: Of the two values.
+    """
+
+    text: str
+    of: str
+    beside: str | None
+    value: Callable[[dict[str, Any]], float | None]
+    bar: str
+    met: Callable[[float, float | None, int], bool]
+
+
+def quality(key: str) -> Callable[[dict[str, Any]], float | None]:
+    """The value of a measure in a leg's entry."""
+
+    def value(entry: dict[str, Any]) -> float | None:
+        found = entry.get("quality", {})
+        number = found.get(key, found.get("mean", {}).get(key))
+        return None if number is None or math.isnan(number) else float(number)
+
+    return value
+
+
+def flow(entry: dict[str, Any]) -> float | None:
+    """The last held-out flow error."""
+    return entry.get("validation", {}).get("flow")
+
+
+def _less(value: float, other: float | None, cases: int) -> bool:
+    return other is not None and value < other
+
+
+def _more(value: float, other: float | None, cases: int) -> bool:
+    return other is not None and value > other
+
+
+def _above_chance(value: float, other: float | None, cases: int) -> bool:
+    """Whether a retrieval's lower bound (Wilson, 95 %) is above one in as many as there are cases."""
+    return wilson(round(value * cases), cases)[0] > 1 / max(cases, 1)
+
+
+def _at_least(least: float) -> Callable[[float, float | None, int], bool]:
+    return lambda value, other, cases: value >= least
+
+
+CLAIMS = (
+    Claim("stage 1, small first: flow error at as many tokens", "t2v", "t2v.scratch", flow, "lower", _less),
+    Claim("stage 1 pays for stage 2: flow error at as many tokens", "a2v", "a2v.scratch", flow, "lower", _less),
+    Claim("stage 2 hears: sound found within 2 frames", "a2v", "a2v.no_audio", quality("offset_within_2"),
+          "at least 0.8", _at_least(0.8)),
+    Claim("stage 2 hears: LSE-C*", "a2v", "a2v.no_audio", quality("lse_c_star"), "higher", _more),
+    Claim("stage 2 hears: mouth opening, r", "a2v", "a2v.no_audio", quality("mouth_r"), "higher", _more),
+    Claim("stage 3 knows who: top-1", "personality", "personality.no_reference", quality("identity_top1"),
+          "at least 0.9", _at_least(0.9)),
+    Claim("stage 3 knows how: style finds its own", "personality", "personality.no_reference", quality("style_top1"),
+          "above chance", _above_chance),
+    Claim("another scene as reference: leak of its background", "personality", "personality.same_scene",
+          lambda e: None if quality("background_leak")(e) is None else abs(quality("background_leak")(e) or 0.0),
+          "lower", _less),
+    Claim("motion stream: mouth opening, r", "personality", "personality.no_motion", quality("mouth_r"),
+          "higher", _more),
+    Claim("motion stream: generated motion is seen", "personality", None, quality("loop_r"), "at least 0.7",
+          _at_least(0.7)),
+    Claim("losses on decoded faces: face similarity", "personality", "personality.no_auxiliary", quality("identity"),
+          "higher", _more),
+)  # fmt: skip
+
+
+def page(document: dict[str, Any]) -> str:
+    """The whole page from the stored results."""
+    legs, machine = document["legs"], document["machine"]
+    counts = sorted({len(e["quality"]["cases"]) for e in legs.values() if "quality" in e})
+    cases = " or ".join(map(str, counts)) or "no"
+    lines = [HEAD, f"{cases} cases; {machine['cpu']}, torch {machine['torch']}, commit {machine['commit']}.", ""]
+    lines += ["## What each stage shows", "", *claims(legs), "", "## Runs", "", *runs(legs)]
+    if any("quality" in e for e in legs.values()):
+        lines += ["", "## Scores", "", *scores(legs)]
+    if any("seconds" in e for e in legs.values()):
+        lines += ["", "## Length of the reference", "", *lengths(legs)]
+    return "\n".join(lines) + "\n"
+
+
+def claims(legs: dict[str, Any]) -> list[str]:
+    """One row a claim: with, without, bar, and whether it is met."""
+    rows = [["effect", "with", "its ablation", "without", "bar", "met"]]
+    for claim in CLAIMS:
+        value = claim.value(legs.get(claim.of, {}))
+        other = None if claim.beside is None else claim.value(legs.get(claim.beside, {}))
+        count = len(legs.get(claim.of, {}).get("quality", {}).get("cases", ()))
+        known = value is not None and (other is not None or claim.bar not in ("lower", "higher"))
+        verdict = "not measured" if not known or value is None else "yes" if claim.met(value, other, count) else "no"
+        rows.append(
+            [claim.text, number(value), claim.beside or "", number(other) if claim.beside else "", claim.bar, verdict]
+        )
+    return table(rows)
+
+
+def runs(legs: dict[str, Any]) -> list[str]:
+    """One row a leg: how much was trained, and how wrong it is with right and wrong conditions."""
+    rows = [["run", "steps", "million tokens", "CPU minutes", "flow error", "wrong speech", "wrong reference"]]
+    for name, entry in legs.items():
+        found = entry.get("validation", {})
+        rows.append([name, str(entry["steps"]), number(entry["tokens"] / 1e6), number(entry["cpu_minutes"]),
+                     *(number(found.get(k)) for k in ("flow", "wrong_audio", "wrong_ref"))])  # fmt: skip
+    return table(rows)
+
+
+def scores(legs: dict[str, Any]) -> list[str]:
+    """One row a measure, one column a leg; last how many cases were scored at all."""
+    names = [n for n, e in legs.items() if "quality" in e]
+    rows = [["measure", *names]]
+    rows += [[title, *(number(quality(key)(legs[n])) for n in names)] for key, title in MEASURES]
+    rows.append(["scored", *(f"{legs[n]['quality']['scored']} of {len(legs[n]['quality']['cases'])}" for n in names)])
+    return table(rows)
+
+
+def lengths(legs: dict[str, Any]) -> list[str]:
+    """Identity over the reference's seconds, and whether longer is never worse."""
+    rows, said = [["run", "seconds", "face similarity", "its own reference is the nearest", "LSE-C*"]], []
+    for name, entry in legs.items():
+        curve = []
+        for seconds, found in entry.get("seconds", {}).items():
+            values = [quality(k)({"quality": found}) for k in ("identity", "identity_top1", "lse_c_star")]
+            curve.append(values[0])
+            rows.append([name, seconds, *map(number, values)])
+        if curve and None not in curve:
+            rising = all(a <= b for a, b in pairwise(curve))  # type: ignore[operator]
+            said += ["", f"{name}: longer references are {'never worse' if rising else 'not always better'}."]
+    return [*table(rows), *said]
+
+
+def number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3g}"
+
+
+def table(rows: list[list[str]]) -> list[str]:
+    """Rows, the first of them the head, as Markdown."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
