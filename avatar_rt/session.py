@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -193,7 +193,7 @@ class Session:
     # ---- frames out ------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def frames(self, *, wait: bool = False, idle_after: float | None = None) -> Iterator[np.ndarray]:
+    def frames(self, *, wait: bool = False, idle_after: float | None = None) -> Generator[np.ndarray]:
         """Yields frames uint8 [n, H, W, 3] chunk by chunk; ``stats`` is about the last one.
 
         Args:
