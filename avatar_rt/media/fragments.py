@@ -59,7 +59,8 @@ class FragmentWriter:
         self._encoders.start_encoding()
         head = self._mux([], [])
         self.init = head[: _header_bytes(head)]
-        profile = bytes(context.extradata or b"")[1:4].hex().upper()
+        at = self.init.index(b"avcC") + 5  # profile, constraints, level, as the decoder will read them
+        profile = self.init[at : at + 3].hex().upper()
         self.mime = f'video/mp4; codecs="avc1.{profile}, mp4a.40.2"'
 
     def write(self, frames: np.ndarray, sound: np.ndarray) -> bytes:

@@ -32,7 +32,9 @@ from avatar_rt.serve.people import People
 from avatar_rt.serve.uploads import Field, Uploads, number
 
 log = logging.getLogger("avatar_rt.serve")
-_PAGE_POLICY = "default-src 'self'; style-src 'unsafe-inline'; media-src 'self' blob:; frame-ancestors 'none'"
+_PAGE_POLICY = (
+    "default-src 'self'; style-src 'unsafe-inline'; img-src data:; media-src 'self' blob:; frame-ancestors 'none'"
+)
 
 
 class Server:

@@ -90,6 +90,7 @@ class Live {
 
   show(bytes) {
     const about = this.about;
+    if (!this.screen) return;
     if (about.type === "chunk") {
       this.screen.asked--;
       say(`Chunk ${about.chunk_index}, frames ${about.start_frame} to ${about.start_frame + about.frames - 1}`);
@@ -99,7 +100,7 @@ class Live {
     this.screen.add(bytes, first ? about.start_frame / FPS : undefined);
   }
 
-  push(samples) { this.waiting.push(samples); this.flush(); }
+  push(samples) { if (this.closed) return; this.waiting.push(samples); this.flush(); }
 
   flush() {
     while (this.waiting.length && this.sent + this.waiting[0].length <= this.limit) {
@@ -115,6 +116,8 @@ class Live {
   interrupt() { this.waiting = []; this.tell({ type: "interrupt" }); }
 
   close() {
+    if (this.closed) return;
+    this.closed = true;
     if (this.screen) this.screen.finish();
     if (this.stopSound) this.stopSound();
     if (live === this) { live = null; buttons(); }
@@ -167,6 +170,7 @@ async function listen(session) {
   node.port.onmessage = ({ data }) => session.push(data);
   context.createMediaStreamSource(stream).connect(node);
   session.stopSound = () => { stream.getTracks().forEach((track) => track.stop()); context.close(); };
+  if (session.closed) session.stopSound();
 }
 
 $("video").onchange = $("sound").onchange = buttons;
