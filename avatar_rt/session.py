@@ -186,6 +186,11 @@ class Session:
         return self._stream.room
 
     @property
+    def working(self) -> bool:
+        """Whether a chunk is being made or waits to be yielded; False while sound is missing."""
+        return self._stream.working
+
+    @property
     def dropped(self) -> int:
         """Chunks that were made and never yielded."""
         return self._stream.dropped

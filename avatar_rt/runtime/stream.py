@@ -80,6 +80,7 @@ class Stream:
         self.dropped = 0  # chunks that were made and not shown
         self.generation = 0
         self.ended = self.closed = False
+        self._making = False
 
     # ---- who pushes sound ------------------------------------------------------------------------------------------
 
@@ -140,11 +141,13 @@ class Stream:
     def next_job(self, wait: bool, idle_after: float | None, stopped: Callable[[], bool]) -> Job | None:
         """Waits for sound (if ``wait``) and for room in the line; None when there is nothing to make."""
         with self._changed:
+            self._making = False
             while not (self.closed or stopped()):
                 span = self._span(self.head.index)
                 if len(self._made) >= AHEAD:
                     self._changed.wait()
                 elif self._sound.end >= span.high or (self.ended and span.new < self.total_frames):
+                    self._making = True
                     return Job(self.head, span, self._sound.read(span.low, span.high)[:1])
                 elif self.ended or not wait:
                     return None
@@ -166,6 +169,11 @@ class Stream:
                 self.head = Head(job.head.index + 1, state)
                 self._made.append(Made(content, self.head, job.span, seconds))
                 self._changed.notify_all()
+
+    @property
+    def working(self) -> bool:
+        """Whether a chunk is being made or waits to be shown."""
+        return self._making or bool(self._made)
 
     # ---- who shows them --------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class Server:
         self.uploads, self.people = Uploads(limits), People(engine, limits.references)
         self.jobs = Jobs(engine, self.people, limits)
         self.live: set[Live] = set()
+        self.threads = ThreadPoolExecutor(limits.sessions, thread_name_prefix="live")  # one for each session
         self.served = {"requests": 0, "sessions": 0, "chunks": 0, "frames": 0}
 
     # ---- jobs ------------------------------------------------------------------------------------------------------
@@ -140,7 +142,7 @@ class Server:
             sentence = f"expected at most {self.limits.sessions} live sessions; try again"
             await socket.send_denial_response(_error(429, sentence, {"Retry-After": "10"}))
             return
-        live = Live(socket, self.engine, self.people, self.limits)
+        live = Live(socket, self.engine, self.people, self.limits, self.threads)
         self.live.add(live)
         self.served["sessions"] += 1
         try:
@@ -172,6 +174,7 @@ class Server:
     def close(self) -> None:
         """Stops the jobs and removes every file."""
         self.jobs.close()
+        self.threads.shutdown()
         self.uploads.close()
 
 
@@ -242,7 +245,12 @@ def _error(status: int, sentence: str, headers: dict[str, str] | None = None) ->
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     headers = None if error.headers is None else dict(error.headers)
-    return _error(error.status_code, error.detail, headers)
+    sentence = error.detail
+    if sentence == "Not Found":  # starlette's own words
+        sentence = "address: expected one of /v1/videos, /v1/references, /v1/live, /v1/stats, /health and /"
+    elif sentence == "Method Not Allowed":
+        sentence = f"method: expected {(headers or {}).get('Allow', 'another')}, got {request.method[:20]}"
+    return _error(error.status_code, sentence, headers)
 
 
 async def _ours(request: Request, error: Exception) -> Response:

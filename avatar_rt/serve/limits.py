@@ -21,7 +21,8 @@ class Limits:
         jobs_kept, keep_seconds: Finished videos that are kept, and how long.
         references: Prepared people that are kept; who has not been asked for longest goes first.
         sessions: Live sessions at a time.
-        session_seconds: Of a live session, and ``quiet_seconds`` between two of its client's messages.
+        session_seconds: Of a live session.
+        quiet_seconds: Between two messages of a client that owes sound or credit.
         queue_seconds: Of sound that a live session takes ahead of the video.
         message_bytes: Of one message of a live session.
         send_seconds: For a client to take a message.

@@ -7,6 +7,7 @@ import logging
 import secrets
 import threading
 import time
+from concurrent.futures import Executor
 from typing import Any
 
 import numpy as np
@@ -58,14 +59,17 @@ class Sound:
 
 
 class Live:
-    """One connection. The event loop receives; a thread takes frames, encodes them and hands them to the loop."""
+    """One connection. The event loop receives; one of ``threads`` takes frames, encodes and hands them over."""
 
-    def __init__(self, socket: WebSocket, engine: AvatarEngine, people: People, limits: Limits) -> None:
-        self.socket, self.engine, self.people, self.limits = socket, engine, people, limits
+    def __init__(
+        self, socket: WebSocket, engine: AvatarEngine, people: People, limits: Limits, threads: Executor
+    ) -> None:
+        self.socket, self.engine, self.people, self.limits, self.threads = socket, engine, people, limits, threads
         self.id = "session_" + secrets.token_hex(8)
         self.frames_sent = self.chunks_sent = 0
         self._received = 0  # samples, at the client's rate
         self._credit = threading.Semaphore(0)
+        self._asking = False  # whether the client has granted the next chunk
         self._closing = threading.Event()
         self._sending = asyncio.Lock()
 
@@ -100,7 +104,8 @@ class Live:
         )  # fmt: skip
         self._grant(opened.credit)
         await self._send({"type": "session.opened", "version": VERSION, "sample_rate": opened.sample_rate})
-        work = asyncio.create_task(asyncio.to_thread(self._pump, asyncio.get_running_loop()))
+        loop = asyncio.get_running_loop()
+        work = loop.run_in_executor(self.threads, self._pump, loop)
         listen = asyncio.create_task(self._listen())
         try:
             done, _ = await asyncio.wait({work, listen}, return_when=asyncio.FIRST_COMPLETED)
@@ -152,11 +157,16 @@ class Live:
         self._credit.release(chunks)
 
     async def _receive(self, seconds: float) -> dict[str, Any]:
-        try:
-            async with asyncio.timeout(seconds):
-                message = await self.socket.receive()
-        except TimeoutError:
-            raise Ended("quiet", f"expected a message within {seconds:g} s", POLICY) from None
+        """The next message; ends the session when none has come for so long and it is the client's turn."""
+        while True:
+            try:
+                async with asyncio.timeout(seconds):
+                    message = await self.socket.receive()
+                break
+            except TimeoutError:
+                if self._asking and self.session.working:
+                    continue  # a chunk is on its way, and the client waits for us
+                raise Ended("quiet", f"expected a message within {seconds:g} s", POLICY) from None
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code", DONE))
         return dict(message)
@@ -208,7 +218,9 @@ class Live:
         }  # fmt: skip
 
     def _wait_for_credit(self) -> bool:
+        self._asking = False
         self._credit.acquire()
+        self._asking = True
         return not self._closing.is_set()
 
     def _room(self) -> int:

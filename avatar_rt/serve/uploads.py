@@ -12,7 +12,7 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from avatar_rt.serve.limits import Limits, refuse
 
@@ -72,6 +72,8 @@ class Uploads:
                 counted = Request(request.scope, _counted(request, most))
                 async with counted.form(max_files=4, max_fields=16, max_part_size=_TEXT_BYTES) as form:
                     return await run_in_threadpool(_read_form, form.multi_items(), fields, folder)
+        except ClientDisconnect:
+            refuse(400, "body: expected all of it, but the client went away")
         except TimeoutError:
             refuse(408, f"body: expected it within {self.limits.upload_seconds:g} s")
 
