@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from serve_client import until
 
 from avatar_rt import AvatarEngine, InputError
 from avatar_rt.config import SAMPLE_RATE, SAMPLES_PER_FRAME
 from avatar_rt.media.audio import read_audio
 from avatar_rt.runtime.stream import AHEAD
-from avatar_rt.runtime.timeline import Timeline
-from avatar_rt.runtime.turns import Turns
 from avatar_rt.session import Reference, Session
 
 SAMPLES = Path(__file__).resolve().parents[1] / "avatar_rt" / "samples"
@@ -64,13 +63,6 @@ def push_pieces(session: Session, speech: np.ndarray, *, end: bool = True) -> th
     thread = threading.Thread(target=push, daemon=True)
     thread.start()
     return thread
-
-
-def until(what, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 class Slow:
@@ -372,7 +364,7 @@ def test_an_end_in_the_middle_of_a_chunk_stays_the_end(
         session.push_audio(speech)
 
 
-# ---- many sessions, and the parts ----------------------------------------------------------------------------------
+# ---- many sessions --------------------------------------------------------------------------------------------------
 
 
 def test_sessions_take_turns_and_give_their_own_frames(
@@ -401,53 +393,3 @@ def test_sessions_take_turns_and_give_their_own_frames(
     for i in range(1, 7):  # nobody is two chunks ahead of another
         counts = [order[:i].count(who) for who in range(3)]
         assert max(counts) - min(counts) <= 2, order
-
-
-def test_turns_are_first_come_first_served() -> None:
-    turns, order = Turns(), []
-    held, go = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with turns.take():
-            held.set()
-            go.wait(10)
-
-    def ask(i: int, cancelled: bool) -> None:
-        with turns.take(lambda: cancelled) as mine:
-            order.append((i, mine))
-
-    threads = [threading.Thread(target=hold)]
-    threads[0].start()
-    held.wait(10)
-    for i in range(6):
-        threads.append(threading.Thread(target=ask, args=(i, i == 2)))
-        threads[-1].start()
-        until(lambda i=i: turns.waiting == i + 2 - (i > 2) or i == 2)
-    until(lambda: order == [(2, False)])
-    go.set()
-    for thread in threads:
-        thread.join(10)
-    assert order == [(2, False), (0, True), (1, True), (3, True), (4, True), (5, True)] and turns.waiting == 0
-
-
-def test_timeline_is_the_sound_by_absolute_sample() -> None:
-    random = np.random.default_rng(1)
-    whole, timeline, forgotten = np.zeros((2, 0), np.float32), Timeline(2), 0
-    for _ in range(200):
-        piece = random.standard_normal((2, int(random.integers(0, 50)))).astype(np.float32)
-        timeline.append(piece)
-        whole = np.concatenate([whole, piece], axis=1)
-        if random.random() < 0.2:
-            at = int(random.integers(forgotten, whole.shape[1] + 30))
-            timeline.cut(at)
-            whole = np.pad(whole[:, :at], ((0, 0), (0, max(at - whole.shape[1], 0))))
-        if random.random() < 0.3:
-            forgotten = int(random.integers(forgotten, whole.shape[1] + 1))
-            timeline.forget(forgotten)
-        assert timeline.end == whole.shape[1] and timeline.start <= max(forgotten, 0) <= timeline.end
-        low = int(random.integers(forgotten, whole.shape[1] + 20))
-        high = low + int(random.integers(0, 60))
-        padded = np.pad(whole, ((0, 0), (0, 100)))
-        assert np.array_equal(timeline.read(low, high), padded[:, low:high])
-    assert sum(p.shape[1] for p in timeline._pieces) == timeline.end - timeline.start
-    assert np.array_equal(Timeline(1).read(-3, 2), np.zeros((1, 5), np.float32))
