@@ -103,9 +103,7 @@ def test_pieces_of_20_ms_give_the_video_of_the_whole_file(
     assert len(whole) == session.total_frames == 97
 
 
-def test_without_waiting_it_goes_on_where_it_stopped(
-    engine: AvatarEngine, reference: Reference, speech: np.ndarray, whole: np.ndarray
-) -> None:
+def test_without_waiting_it_goes_on_where_it_stopped(engine, reference, speech, whole) -> None:
     session, got = open_(engine, reference), []
     for at in range(0, len(speech), SAMPLE_RATE):
         session.push_audio(speech[at : at + SAMPLE_RATE])
@@ -117,9 +115,7 @@ def test_without_waiting_it_goes_on_where_it_stopped(
     assert list(session.frames()) == []
 
 
-def test_another_session_goes_on_from_the_state(
-    engine: AvatarEngine, reference: Reference, speech: np.ndarray, whole: np.ndarray
-) -> None:
+def test_another_session_goes_on_from_the_state(engine, reference, speech, whole) -> None:
     first = open_(engine, reference)
     first.push_audio(speech)
     frames = first.frames()
@@ -154,9 +150,7 @@ def test_stats_tell_of_each_chunk_and_its_sound(engine: AvatarEngine, reference:
 # ---- memory and back-pressure --------------------------------------------------------------------------------------
 
 
-def test_a_slow_consumer_stops_generation(
-    engine: AvatarEngine, reference: Reference, speech: np.ndarray, slow: Slow
-) -> None:
+def test_a_slow_consumer_stops_generation(engine, reference, speech, slow) -> None:
     per_chunk = len(open_(engine, reference).schedule.passes)
     session = open_(engine, reference)
     session.push_audio(np.tile(speech, 3))
@@ -168,6 +162,23 @@ def test_a_slow_consumer_stops_generation(
     next(frames)
     until(lambda: slow.steps >= (2 + AHEAD) * per_chunk)
     frames.close()
+
+
+def test_the_first_frame_has_the_machine_to_itself(engine, reference, speech, slow, monkeypatch) -> None:
+    import avatar_rt.session as module
+
+    decode, steps = module.decode_chunk, []
+
+    def look(*given):
+        time.sleep(0.1)
+        steps.append(slow.steps)
+        return decode(*given)
+
+    monkeypatch.setattr(module, "decode_chunk", look)
+    session = open_(engine, reference)
+    session.push_audio(speech)
+    next(session.frames())
+    assert steps == [len(session.schedule.passes)]
 
 
 def test_pushing_waits_for_room(engine: AvatarEngine, reference: Reference) -> None:
@@ -252,9 +263,7 @@ def test_leaving_the_iteration_stops_the_thread(engine: AvatarEngine, reference:
     assert not [t for t in threading.enumerate() if t.name == "denoise"]
 
 
-def test_an_error_in_the_thread_reaches_the_iteration(
-    engine: AvatarEngine, reference: Reference, speech: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_in_the_thread_reaches_the_iteration(engine, reference, speech, monkeypatch) -> None:
     session = open_(engine, reference)
     session.push_audio(speech)
     monkeypatch.setattr("avatar_rt.session.denoise_chunk", lambda *_: 1 / 0)
@@ -296,9 +305,7 @@ def test_the_face_idles_when_no_sound_comes(engine: AvatarEngine, reference: Ref
 # ---- barge-in ------------------------------------------------------------------------------------------------------
 
 
-def test_interruption_goes_on_from_what_was_shown(
-    engine: AvatarEngine, reference: Reference, speech: np.ndarray
-) -> None:
+def test_interruption_goes_on_from_what_was_shown(engine, reference, speech) -> None:
     """After two chunks of A comes B: the same as a session that is restored there and finds B after what was shown."""
     session = open_(engine, reference)
     session.push_audio(speech)
@@ -331,9 +338,7 @@ def session_state_after_two(engine: AvatarEngine, reference: Reference, speech: 
     return session.state()
 
 
-def test_interruption_while_a_chunk_is_decoded_drops_it(
-    engine: AvatarEngine, reference: Reference, speech: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interruption_while_a_chunk_is_decoded_drops_it(engine, reference, speech, monkeypatch) -> None:
     import avatar_rt.session as module
 
     session, decode = open_(engine, reference), module.decode_chunk
@@ -352,9 +357,7 @@ def test_interruption_while_a_chunk_is_decoded_drops_it(
     assert session.stats.generation == 1
 
 
-def test_an_end_in_the_middle_of_a_chunk_stays_the_end(
-    engine: AvatarEngine, reference: Reference, speech: np.ndarray
-) -> None:
+def test_an_end_in_the_middle_of_a_chunk_stays_the_end(engine, reference, speech) -> None:
     session = open_(engine, reference)
     session.push_audio(speech[:SAMPLE_RATE])
     session.end_audio()

@@ -144,7 +144,7 @@ class Stream:
             self._making = False
             while not (self.closed or stopped()):
                 span = self._span(self.head.index)
-                if len(self._made) >= AHEAD:
+                if len(self._made) >= (AHEAD if self.frames else 1):  # nothing competes with the first frame
                     self._changed.wait()
                 elif self._sound.end >= span.high or (self.ended and span.new < self.total_frames):
                     self._making = True
