@@ -1,4 +1,4 @@
-"""The command line, thin over engine.py: ``avatar-rt generate REF SPEECH -o OUT`` and ``avatar-rt demo``."""
+"""The command line, thin over engine.py: ``avatar-rt generate REF SPEECH -o OUT``, ``avatar-rt demo``, ``serve``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from avatar_rt import __version__
-from avatar_rt.errors import AvatarError, InputError
+from avatar_rt.errors import AvatarError, InputError, UnsupportedError
 
 SAMPLES = Path(__file__).parent / "samples"
 
@@ -84,7 +84,33 @@ def _parser() -> argparse.ArgumentParser:
         "demo", parents=[common], help="generate from the shipped samples: OUT/demo.mp4, demo.png"
     )
     demo.add_argument("--out", type=Path, default=Path("out"), help="folder (default: %(default)s)")
+    serve = commands.add_parser("serve", help="a server: jobs at /v1/videos, live sessions at /v1/live, a page at /")
+    serve.add_argument("--bundle", type=Path, help="bundle directory (default: the shipped tiny)")
+    serve.add_argument("--device", default="cpu", help="cpu or cuda[:n] (default: %(default)s)")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    serve.add_argument("--port", type=_positive(int), default=8000, help="(default: %(default)s)")
+    serve.add_argument("--max-upload-mb", type=_positive(int), default=200, help="(default: %(default)s)")
+    serve.add_argument("--max-seconds", type=_positive(float), default=600, help="of speech (default: %(default)s)")
+    serve.add_argument("--max-sessions", type=_positive(int), default=4, help="live at a time (default: %(default)s)")
+    serve.add_argument("--max-waiting", type=_positive(int), default=8, help="jobs in line (default: %(default)s)")
     return parser
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from avatar_rt.engine import AvatarEngine
+    from avatar_rt.serve import make_server
+
+    try:
+        from avatar_rt.serve.limits import Limits
+    except ImportError as e:
+        raise UnsupportedError(f"serve: {e.name} is not installed: pip install 'avatar-rt[serve]'") from None
+    limits = Limits(
+        upload_bytes=args.max_upload_mb * 1_000_000, speech_seconds=args.max_seconds, sessions=args.max_sessions,
+        jobs_waiting=args.max_waiting,
+    )  # fmt: skip
+    server = make_server(AvatarEngine(args.bundle, device=args.device), limits, args.host, args.port)
+    print(f"http://{args.host}:{args.port}  (stop with Ctrl-C)", flush=True)
+    server.run()
 
 
 def _generate(args: argparse.Namespace, reference: Path, speech: Path, output: Path, sheet: Path | None) -> None:
@@ -119,6 +145,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == "generate":
             _generate(args, args.reference, args.speech, args.output, args.sheet)
+        elif args.command == "serve":
+            _serve(args)
         else:
             out = args.out
             try:

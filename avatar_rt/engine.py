@@ -29,6 +29,7 @@ from avatar_rt.pipeline.denoise import Scene
 from avatar_rt.pipeline.reference import encode_reference, read_reference, to_video
 from avatar_rt.runtime.manifest import open_bundle, shipped_bundle
 from avatar_rt.runtime.trace import stage
+from avatar_rt.runtime.turns import Turns
 from avatar_rt.scene.image import blank_head, latent_mask
 from avatar_rt.session import Reference, Session
 
@@ -73,6 +74,7 @@ class AvatarEngine:
         self.bundle = open_bundle(Path(bundle) if bundle is not None else shipped_bundle())
         cfg, parts = self.bundle.config, self.bundle.parts
         self.config = cfg
+        self.turns = Turns()
         self.dtype = dtype or (torch.bfloat16 if _bf16_is_native(self.device) else torch.float32)
         fp32 = torch.float32
         with torch.device("meta"):
@@ -146,8 +148,13 @@ class AvatarEngine:
         audio_scale: float | None = None,
         reference_strength: float | None = None,
         use_cache: bool = True,
+        queue_seconds: float | None = None,
+        overlap: bool = True,
     ) -> Session:
-        """A new stream. ``scene`` None: the reference's own; ``use_cache=False``: recompute the reference each pass."""
+        """A new stream. ``scene`` None: the reference's own; ``use_cache=False``: recompute the reference each pass.
+
+        ``queue_seconds`` and ``overlap`` as of ``Session``.
+        """
         if reference.weights_hash != self.bundle.weights_hash:
             raise InputError("reference: it was prepared with other weights; prepare it again with this engine")
         given: dict[str, Any] = {
@@ -159,7 +166,7 @@ class AvatarEngine:
         if scene is not None:
             with torch.inference_mode():
                 place = self.encode_scene(scene if isinstance(scene, np.ndarray) else read_image(scene))
-        return Session(self, reference, place, prompt, seed, sampling, use_cache)
+        return Session(self, reference, place, prompt, seed, sampling, use_cache, queue_seconds, overlap)
 
     def generate(
         self,

@@ -11,7 +11,10 @@ from conftest import ROOT
 
 MAX_SECONDS = 2.0
 HEAVY = {"triton", "tensorrt", "tensorrt_rtx", "cuda", "cupy", "pycuda", "onnx", "onnxruntime"}
-OPTIONAL = {"diffusers", "transformers", "numba", "anny", "dlib", "scipy", "matplotlib", "training", "export", "bench"}
+OPTIONAL = {
+    "diffusers", "transformers", "numba", "anny", "dlib", "scipy", "matplotlib", "starlette", "uvicorn", "training",
+    "export", "bench",
+}  # fmt: skip
 
 PROBE = """
 import json, sys, time
@@ -74,7 +77,9 @@ def test_public_names() -> None:
         avatar_rt.no_such_name  # noqa: B018
 
 
-@pytest.mark.parametrize("program", ["-m avatar_rt --help", "-m avatar_rt generate --help"])
+@pytest.mark.parametrize(
+    "program", ["-m avatar_rt --help", "-m avatar_rt generate --help", "-m avatar_rt serve --help"]
+)
 def test_help_needs_no_weights(program: str) -> None:
     done = subprocess.run([sys.executable, *program.split()], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

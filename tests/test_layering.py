@@ -19,6 +19,7 @@ ORDER = (
     {"voice", "scene", "trust", "pipeline"},
     {"session"},
     {"engine"},
+    {"serve"},
     {"__init__"},
     {"__main__"},
     {"training", "export", "bench"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -155,6 +156,61 @@ def normalise_loudness(samples: np.ndarray, rate: int, target: float = TARGET_LU
         return np.asarray(samples, np.float32).copy()
     gain = min(target - measured, _MAX_GAIN_DB)
     return (np.asarray(samples, np.float64) * 10 ** (gain / 20)).astype(np.float32)
+
+
+class LiveLoudness:
+    """Brings a source that is still going on, such as a microphone, to ``target`` LUFS with what was heard so far.
+
+    The gain follows the gated loudness (as ``loudness`` gates) of the last ``window`` seconds, is set anew ten times a
+    second and goes there in a ramp. Samples are answered one for one and at once, and do not depend on the pieces in
+    which they come. The first 0.4 s, and silence until then, come back as they are; silence after it keeps the gain.
+
+    Args:
+        rate: Samples per second, a multiple of 10.
+        target: In LUFS.
+        window: Seconds that are remembered.
+    """
+
+    def __init__(self, rate: int = SAMPLE_RATE, target: float = TARGET_LUFS, window: float = 10.0) -> None:
+        if rate % 10:
+            raise InputError(f"rate: expected a multiple of 10, got {rate}")
+        self.rate, self.target = rate, target
+        self._hop = rate // 10
+        self._heard = np.zeros(0, np.float32)  # the last 0.5 s before this hop and what there is of it
+        self._at = 0  # samples of this hop that have come
+        self._hops = 0
+        self._power: deque[float] = deque(maxlen=round(window * 10))  # of blocks of 0.4 s, one per hop
+        self._gain = self._next = 1.0
+
+    def __call__(self, samples: np.ndarray) -> np.ndarray:
+        """float32 [S] -> float32 [S]. Raises InputError on another shape."""
+        x = np.asarray(samples, np.float32)
+        if x.ndim != 1:
+            raise InputError(f"samples: expected mono [S], got shape {list(x.shape)}")
+        out, done = np.empty_like(x), 0
+        while done < len(x):
+            n = min(self._hop - self._at, len(x) - done)
+            part = x[done : done + n]
+            ramp = (np.arange(self._at, self._at + n) + 1) / self._hop
+            out[done : done + n] = part * (self._gain + (self._next - self._gain) * ramp)
+            self._heard = np.concatenate([self._heard, part])
+            self._at, done = self._at + n, done + n
+            if self._at == self._hop:
+                self._measure()
+        return out
+
+    def _measure(self) -> None:
+        """A hop is complete: the gain that the next one goes to."""
+        self._heard = self._heard[-5 * self._hop :]
+        self._at, self._hops, self._gain = 0, self._hops + 1, self._next
+        if self._hops >= 4:
+            block = _k_weight(self._heard, self.rate)[-4 * self._hop :]  # the filter's start is left out
+            self._power.append(float(np.mean(block**2)))
+        power = np.array(self._power)
+        kept = power[_lufs(power) > -70.0] if len(power) else power
+        if len(kept):
+            measured = float(_lufs(kept[_lufs(kept) > _lufs(kept.mean()) - 10.0].mean()))
+            self._next = 10 ** (min(self.target - measured, _MAX_GAIN_DB) / 20)
 
 
 def _lufs(power: np.ndarray | float) -> np.ndarray:

@@ -167,7 +167,7 @@ def open_table(corpus: Path, cfg: AvatarConfig) -> Table:
     """The table of a corpus, its motion normalised by ``CORPUS/weights/motion.safetensors``."""
     motion = MotionEncoder(cfg.motion)
     load_weights(motion, corpus / "weights" / "motion.safetensors", dtype=torch.float32)
-    return Table(corpus, motion, cfg.vae.spatial_stride)
+    return Table(corpus, motion, cfg.vae.spatial_stride, weights=corpus / "weights")
 
 
 def _sound_of(index: Tensor, per: int) -> Tensor:

@@ -1,0 +1,118 @@
+"""Frames and sound to fragments of an mp4 in memory, one per chunk, for a player that is already playing."""
+
+from __future__ import annotations
+
+import io
+import struct
+from fractions import Fraction
+
+import av
+import numpy as np
+from av.video.frame import PictureType
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+
+from avatar_rt.config import FPS
+from avatar_rt.errors import InputError
+
+# No frame waits for a later one; one thread, because x264's result depends on their number.
+_X264 = {"preset": "veryfast", "tune": "zerolatency", "crf": "20", "threads": "1"}
+# A muxer per chunk, whose fragment begins at the chunk's own time: nothing of a chunk is held back for the next one.
+_MUXER = {
+    "movflags": "frag_custom+empty_moov+default_base_moof+frag_discont+skip_trailer",
+    "fflags": "+bitexact",
+    "avoid_negative_ts": "disabled",
+    "use_editlist": "0",
+}
+
+
+class FragmentWriter:
+    """h264 and aac in a fragmented mp4: ``init`` once, then what ``write`` gives, in order, appended to one another.
+
+    Every fragment begins with a key frame. The sound encoder holds back up to 128 ms (at 16 kHz) for the next fragment.
+
+    Args:
+        size: (height, width), both even.
+        rate: Samples per second of the sound.
+        fps: Frames per second.
+
+    Attributes:
+        mime: What a browser's ``MediaSource`` wants to know.
+        init: The initialisation segment.
+    """
+
+    def __init__(self, size: tuple[int, int], rate: int, fps: int = FPS) -> None:
+        height, width = size
+        if height < 2 or width < 2 or height % 2 or width % 2:
+            raise InputError(f"size: expected an even height and width, got {height}x{width}")
+        self.size, self.rate, self.fps = size, rate, fps
+        self._frames = self._samples = 0
+        # Only holds the encoders; what it writes of a header is thrown away.
+        self._encoders = av.open(io.BytesIO(), "w", format="mp4", options={"movflags": "empty_moov"})
+        video = self._video = self._encoders.add_stream("libx264", rate=fps, options=dict(_X264))
+        video.height, video.width, video.pix_fmt = height, width, "yuv420p"
+        context = video.codec_context
+        context.time_base = Fraction(1, fps)
+        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        self._audio = self._encoders.add_stream("aac", rate=rate, layout="mono")
+        self._audio.bit_rate = 96_000
+        self._encoders.start_encoding()
+        head = self._mux([], [])
+        self.init = head[: _header_bytes(head)]
+        at = self.init.index(b"avcC") + 5  # profile, constraints, level, as the decoder will read them
+        profile = self.init[at : at + 3].hex().upper()
+        self.mime = f'video/mp4; codecs="avc1.{profile}, mp4a.40.2"'
+
+    def write(self, frames: np.ndarray, sound: np.ndarray) -> bytes:
+        """The fragment of a chunk: uint8 [n, H, W, 3] RGB with n > 0, and their sound fp32 [n * rate / fps]."""
+        count = len(frames) * self.rate // self.fps
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (*self.size, 3) or not len(frames):
+            expected = f"uint8 [n, {self.size[0]}, {self.size[1]}, 3]"
+            raise InputError(f"frames: expected {expected}, got {frames.dtype} {list(frames.shape)}")
+        if sound.shape != (count,):
+            raise InputError(f"sound: expected [{count}], got {list(sound.shape)}")
+        packets = []
+        for i, rgb in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24").reformat(
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, threads=1, interpolation=Interpolation.BILINEAR
+            )
+            frame.pts, frame.time_base = self._frames, Fraction(1, self.fps)
+            if i == 0:
+                frame.pict_type = PictureType.I
+            packets += self._video.encode(frame)
+            self._frames += 1
+        block = av.AudioFrame.from_ndarray(np.ascontiguousarray(sound, np.float32)[None], format="fltp", layout="mono")
+        block.sample_rate, block.pts, block.time_base = self.rate, self._samples, Fraction(1, self.rate)
+        self._samples += count
+        return self._fragment(packets, self._audio.encode(block))
+
+    def finish(self) -> bytes:
+        """The rest of the sound; may be empty. Nothing can be written afterwards."""
+        video, audio = self._video.encode(), self._audio.encode()
+        self._encoders.close()
+        return self._fragment(video, audio) if video or audio else b""
+
+    def _fragment(self, video: list[av.Packet], audio: list[av.Packet]) -> bytes:
+        data = self._mux(video, audio)
+        return data[_header_bytes(data) :]
+
+    def _mux(self, video: list[av.Packet], audio: list[av.Packet]) -> bytes:
+        buffer = io.BytesIO()
+        with av.open(buffer, "w", format="mp4", options=_MUXER) as container:
+            streams = [container.add_stream_from_template(s) for s in (self._video, self._audio)]
+            container.start_encoding()
+            for stream, packets in zip(streams, (video, audio)):
+                for packet in packets:
+                    # The sound encoder's first packet is from before the start; a player needs no running start.
+                    if packet.pts is not None and packet.pts >= 0:
+                        packet.stream = stream
+                        container.mux(packet)
+        return buffer.getvalue()
+
+
+def _header_bytes(data: bytes) -> int:
+    """Length of the file type and movie boxes at the start."""
+    at = 0
+    while at + 8 <= len(data) and data[at + 4 : at + 8] in (b"ftyp", b"moov"):
+        at += struct.unpack(">I", data[at : at + 4])[0]
+    return at
