@@ -74,7 +74,7 @@ def split_rows(total: int, parts: int) -> list[int]:
 def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Two attentions of the same queries over disjoint keys -> the attention over both, in fp32 (fp64 for fp64).
 
-    a, b: output [B, L, N, D] and natural-log LSE [B, N, L].
+    a, b: output [B, L, N, D] and natural-log LSE [B, N, L]. A share is known to one ulp of the LSE, no better.
     """
     (out_a, lse_a), (out_b, lse_b) = a, b
     lse = torch.logaddexp(lse_a, lse_b)
