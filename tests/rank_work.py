@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import PrefixStore
 from torch.nn import functional as F
 
-from avatar_rt.config import DiTConfig
+from avatar_rt.config import DiTConfig, VAEConfig
+from avatar_rt.engine import AvatarEngine
 from avatar_rt.models.dit import VideoRefDiT
+from avatar_rt.models.vae import VideoVAE
 from avatar_rt.ops import pack_reference
 from avatar_rt.runtime.parallel import Mesh, SequenceParallel
+from avatar_rt.runtime.parallelise import parallelise
+from avatar_rt.runtime.sharded import shard_module
+from avatar_rt.runtime.stripes import SpreadVAE
+from avatar_rt.runtime.team import Team
+from avatar_rt.runtime.traffic import pass_bytes, reference_bytes
 from avatar_rt.runtime.transport import TorchTransport, join
 
 SMALL = DiTConfig(
@@ -58,10 +70,39 @@ def error(got: Tensor, want: Tensor) -> float:
     return float((got - want).abs().max() / want.abs().max())
 
 
+@functools.cache
+def joined() -> TorchTransport:
+    return join(torch.device("cpu"))
+
+
+class Recorder(TorchTransport):
+    """Keeps what this rank sends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[Tensor] = []
+
+    def all_to_all(self, x: Tensor, *args: Any) -> Any:
+        self.tensors.append(x.clone())
+        return super().all_to_all(x, *args)
+
+    def all_gather(self, x: Tensor, *args: Any) -> Any:
+        self.tensors.append(x.clone())
+        return super().all_gather(x, *args)
+
+    def exchange(self, sends: Any, receives: Any) -> Any:
+        self.tensors += [x.clone() for x, _ in sends]
+        return super().exchange(sends, receives)
+
+    def broadcast(self, x: Tensor, root: int) -> Any:
+        self.tensors.append(x.clone())
+        return super().broadcast(x, root)
+
+
+@functools.cache
 def meshes() -> dict[str, SequenceParallel]:
-    transport = join(torch.device("cpu"))
-    world = transport.world
-    return {f"{u}x{r}": SequenceParallel(Mesh(u, r, transport.rank, world), TorchTransport()) for u, r in MESHES[world]}
+    rank, world = joined().rank, joined().world
+    return {f"{u}x{r}": SequenceParallel(Mesh(u, r, rank, world), Recorder()) for u, r in MESHES[world]}
 
 
 def own_heads(x: Tensor, spread: SequenceParallel) -> Tensor:
@@ -124,8 +165,126 @@ def gradients() -> dict[str, Any]:
     return found
 
 
-def two() -> dict[str, Any]:
-    return {"passes": passes(), "gradients": gradients()}
+def _words(tensors: list[Tensor]) -> set[bytes]:
+    """Every aligned run of four numbers."""
+    words: set[bytes] = set()
+    for t in tensors:
+        raw = t.contiguous().view(torch.uint8).numpy().tobytes()
+        words |= {raw[i : i + 16] for i in range(0, len(raw) - 15, 16)}
+    return words - {bytes(16)}
 
 
-four = two
+@torch.no_grad()
+def traffic() -> dict[str, Any]:
+    """Of every mesh: the bytes that passes send by kind, with few and many reference rows, and as the model has it;
+    and whether anything of the reference's keys and values was among them."""
+    found: dict[str, Any] = {}
+    dit = model()
+    for name, spread in meshes().items():
+        transport = spread.transport
+        assert isinstance(transport, Recorder)
+        transport.take()
+        case: dict[str, Any] = {}
+        for ref in (2, 5):
+            x = inputs(ref=ref)
+            transport.tensors.clear()
+            k, v = encode(dit, x, spread=spread)
+            case[f"seen while encoding, {ref} frames"] = len(_words(transport.tensors) & _words([k, v]))
+            case[f"encoding, {ref} frames"] = dict(transport.take())
+            case[f"encoding model, {ref} frames"] = reference_bytes(SMALL, spread.mesh, rows=7 * ref, itemsize=4)
+            transport.tensors.clear()
+            packed = [pack_reference(*layer) for layer in zip(k, v, strict=True)]
+            for _ in range(2):
+                forward(dit, x, spread=spread, packed=packed)
+                case.setdefault("sent", []).append(dict(transport.take()))
+            case[f"reference seen, {ref} frames"] = len(_words(transport.tensors) & _words([k, v]))
+            case[f"words, {ref} frames"] = len(_words(transport.tensors))
+        case["model"] = pass_bytes(SMALL, spread.mesh, frames=3, patches=6, anchor=6, itemsize=4)
+        found[name] = case
+    return found
+
+
+@torch.no_grad()
+def stripes() -> dict[str, Any]:
+    """Errors of a video decoded in stripes, in two calls, each rank's state sent out and gathered between them."""
+    torch.manual_seed(0)
+    cfg = VAEConfig(base_dim=8, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,), latent_channels=4)
+    vae = VideoVAE(cfg).eval()
+    team = Team(joined(), PrefixStore("stripes", joined().store), torch.device("cpu"))
+    spread = SpreadVAE(vae, joined(), team)
+    if not team.leads:
+        team.follow(), team.stop(True)
+        return {}
+    z = torch.randn(1, 4, 5, 7, 3)
+    want, state = vae.decode_step(z[:, :, :2], None)
+    then, after = vae.decode_step(z[:, :, 2:], state)
+    got, striped_state = spread.decode_step(z[:, :, :2], None)
+    later, striped_after = spread.decode_step(z[:, :, 2:], striped_state)
+    errors = [error(a, b) for a, b in zip((got, later, *striped_after), (want, then, *after), strict=True)]
+    few = spread.decode_step(z[:, :, :2, :1], None)[0]
+    errors.append(error(few, vae.decode_step(z[:, :, :2, :1], None)[0]))
+    team.stop(True)
+    return {"worst": max(errors), "states": len(after)}
+
+
+@torch.no_grad()
+def sharded() -> dict[str, float]:
+    """Error of a pass whose weights FSDP2 keeps in parts, spread over the ranks too."""
+    dit, x = model(), inputs()
+    k, v = encode(dit, x)
+    want = forward(dit, x, ref_k=k, ref_v=v)
+    parts, spread = copy.deepcopy(dit), next(iter(meshes().values()))
+    shard_module(parts, torch.device("cpu"))
+    held = sum(p.to_local().numel() for p in parts.parameters())
+    k, v = encode(parts, x, spread=spread)
+    got = forward(parts, x, ref_k=k, ref_v=v, spread=spread)
+    return {"error": error(got[0], want[0]), "held": held / sum(p.numel() for p in dit.parameters())}
+
+
+def video(folder: Path) -> dict[str, Any]:
+    """Frames of a random bundle through the whole pipeline, over small meshes: from a clip, and from full heads."""
+    with torch.inference_mode():
+        engine = AvatarEngine(folder / "bundle", dtype=torch.float32)
+        g = np.random.default_rng(0)
+        crops = g.integers(0, 255, (9, 32, 32, 3), dtype=np.uint8)
+        sound = g.standard_normal(6000).astype(np.float32) * 0.1
+        whole = engine.prepare(crops, cropped=True) if joined().rank == 0 else None
+    plain_dit, plain_vae, found = engine.dit, engine.vae, {}
+
+    def frames(reference: Any) -> np.ndarray:
+        session = engine.session(reference)
+        session.push_audio(sound)
+        session.end_audio()
+        return np.concatenate(list(session.frames()))
+
+    if whole is not None:
+        found["alone"] = frames(whole)
+    for name, spread in meshes().items():
+        if max(spread.mesh.ulysses, spread.mesh.ring) > 2:
+            continue
+        team = Team(joined(), PrefixStore(f"video {name}", joined().store), torch.device("cpu"))
+        engine.dit, engine.vae = parallelise(plain_dit, spread, team), SpreadVAE(plain_vae, joined(), team)
+        if not team.leads:
+            team.follow()
+        else:
+            own = engine.prepare(crops, cropped=True)
+            found[name] = frames(own)
+            found[f"{name} from full heads"] = frames(whole)
+            found[f"{name} heads"] = own.cache.k.shape[3]
+            del own
+            found[f"{name} again"] = frames(engine.prepare(crops[::-1].copy(), cropped=True))
+        shards = len(engine.dit._shards)
+        team.stop(True)
+        found[f"{name} shards"] = shards
+    engine.dit, engine.vae = plain_dit, plain_vae
+    if whole is not None:
+        with torch.inference_mode():
+            found["alone again"] = frames(engine.prepare(crops[::-1].copy(), cropped=True))
+    return found
+
+
+def everything(folder: Path) -> dict[str, Any]:
+    return {
+        "passes": passes(), "gradients": gradients(), "traffic": traffic(), "stripes": stripes(), "sharded": sharded(),
+        "video": video(folder),
+    }  # fmt: skip

@@ -39,7 +39,7 @@ def start(world: int, *command: str) -> list[subprocess.Popen[str]]:
 
 
 def launch(world: int, function: str, folder: Path) -> list[dict[str, Any]]:
-    """Calls ``module.function()`` on every rank; what each returned, by rank. Fails with a rank's output."""
+    """Calls ``module.function(folder)`` on every rank; what each returned, by rank. Fails with a rank's output."""
     ranks = start(world, str(Path(__file__)), function, str(folder))
     try:
         told = [rank.communicate(timeout=240)[0] for rank in ranks]
@@ -55,7 +55,7 @@ def main() -> None:
     module, _, name = sys.argv[1].rpartition(".")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    result = getattr(importlib.import_module(module), name)()
+    result = getattr(importlib.import_module(module), name)(Path(sys.argv[2]))
     torch.save(result, Path(sys.argv[2]) / f"{os.environ['RANK']}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

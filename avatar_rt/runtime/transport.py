@@ -62,6 +62,7 @@ class Transport(ABC):
     world: int
 
     def __init__(self) -> None:
+        self.failed = False  # a RankError has been raised here: the run is ending
         self.sent: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
 
@@ -85,6 +86,9 @@ class Transport(ABC):
     def broadcast(self, x: Tensor, root: int) -> Pending:
         """Contiguous ``x`` of ``root`` into everybody's ``x``."""
 
+    def abort(self) -> None:  # noqa: B027  (a transport without it waits for its own timeout)
+        """Makes what waits for a lost rank give up. From any thread."""
+
     def take(self) -> Counter[str]:
         """Bytes sent since the last call, by kind."""
         taken, self.sent = self.sent, Counter()
@@ -96,11 +100,14 @@ class Transport(ABC):
 
 
 class TorchTransport(Transport):
-    """torch.distributed: NCCL between GPUs, gloo between CPUs. ``join`` makes the process group it needs."""
+    """torch.distributed: NCCL between GPUs, gloo between CPUs. ``join`` makes the process group it needs.
 
-    def __init__(self) -> None:
+    ``store`` is where the ranks met; None when the caller made the process group.
+    """
+
+    def __init__(self, store: dist.Store | None = None) -> None:
         super().__init__()
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world, self.store = dist.get_rank(), dist.get_world_size(), store
 
     def group(self, partition: Sequence[Sequence[int]]) -> Group:
         mine = None
@@ -129,10 +136,7 @@ class TorchTransport(Transport):
         parts = x.new_empty((group.size * longest, *x.shape[1:]))
         self._count("all_gather", (group.size - 1) * longest * _row_bytes(x))
         pending = self._start(
-            "all_gather",
-            parts,
-            lambda: dist.all_gather_into_tensor(parts, mine, group=group.handle, async_op=True),
-            mine,
+            "all_gather", parts, lambda: _all_gather(parts, mine, group=group.handle, async_op=True), mine
         )
         if min(rows) == longest:
             return pending
@@ -158,13 +162,18 @@ class TorchTransport(Transport):
         self._count("broadcast", x.numel() * x.element_size() * (self.world - 1) if self.rank == root else 0)
         return self._start("broadcast", x, lambda: dist.broadcast(x, root, async_op=True), x)
 
+    def abort(self) -> None:
+        stop = getattr(dist.group.WORLD, "abort", None)
+        if stop is not None:
+            stop()
+
     def _start(self, kind: str, out: Tensor, start: Callable[[], Any], held: Any) -> Pending:
         def finish() -> None:
-            with _Watched(kind, self.rank):
+            with _Watched(kind, self):
                 for work in works:
                     work.wait()
 
-        with _Watched(kind, self.rank):
+        with _Watched(kind, self):
             started = start()
             works = started if isinstance(started, list) else [started]
         return Pending(out, finish, held)
@@ -173,40 +182,66 @@ class TorchTransport(Transport):
 class _Watched:
     """Turns what torch.distributed raises when a peer is gone into one sentence."""
 
-    def __init__(self, kind: str, rank: int) -> None:
-        self.kind, self.rank = kind, rank
+    def __init__(self, kind: str, transport: Transport) -> None:
+        self.kind, self.transport = kind, transport
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, RuntimeError) and not isinstance(error, RankError):
+            self.transport.failed = True
             reason = " ".join(str(error).split("] ")[-1].split())[:160]
             raise RankError(
-                f"rank {self.rank}: another rank of this run ended or stopped answering during {self.kind} ({reason})"
+                f"rank {self.transport.rank}: another rank of this run ended or stopped answering "
+                f"(noticed in {self.kind}: {reason})"
             ) from error
 
 
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return dist.is_torchelastic_launched()
+
+
+def local_device(kind: str) -> torch.device:
+    """The device of this rank: cuda is the GPU of its number on this machine."""
+    if kind != "cuda":
+        return torch.device(kind)
+    device = torch.device("cuda", dist.get_node_local_rank(fallback_rank=0))
+    torch.cuda.set_device(device)
+    return device
+
+
 def join(device: torch.device, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> TorchTransport:
-    """Joins the run that torchrun started: nccl for CUDA, gloo for CPUs; at once when already joined.
+    """Joins the run that torchrun started: nccl for CUDA, gloo for CPUs.
 
     Raises: InputError when this process was not started by torchrun (or something that sets what it sets).
     """
-    if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        try:
-            dist.init_process_group(backend, init_method="env://", timeout=datetime.timedelta(seconds=timeout_s))
-        except ValueError as e:
-            raise InputError(
-                f"ranks: expected to be started by torchrun --nproc-per-node N -m avatar_rt, got {e}"
-            ) from None
-    return TorchTransport()
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        store, rank, world = next(dist.rendezvous("env://"))
+    except ValueError:
+        raise InputError(
+            "ranks: expected to be started as torchrun --nproc-per-node N -m avatar_rt ..., where N is the ulysses "
+            "degree times the ring degree; this process is alone"
+        ) from None
+    meeting = dist.PrefixStore("avatar_rt", store)
+    timeout = datetime.timedelta(seconds=timeout_s)
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world, timeout=timeout
+    )
+    return TorchTransport(meeting)
 
 
-def leave() -> None:
-    """Ends the membership; a rank that leaves in order waits for the others, so that none loses its last message."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def leave(orderly: bool) -> None:
+    """Ends the membership. ``orderly``: every rank comes here, and waits for the others' last messages."""
+    if orderly:
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+# torch 2.13 renames it and warns of the old name; 2.11 knows only that.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def _timeout() -> datetime.timedelta:
