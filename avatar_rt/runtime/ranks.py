@@ -82,7 +82,7 @@ def ranks(device: str, ulysses: int | None = None, ring: int | None = None) -> I
         yield run
         failed = False
     finally:
-        if before is not None:
+        if before is not None and not transport.failed:  # else torchrun's signal is still to come, and we are ending
             signal.signal(signal.SIGTERM, before)
         orderly = not failed and (run.leads or run.orderly)
         if run.team is not None:

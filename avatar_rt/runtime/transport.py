@@ -23,7 +23,7 @@ from avatar_rt.errors import InputError, RankError
 
 # A rank that computes may be this late at a collective before the others give it up. A dead process is noticed at once
 # on one machine (its connections close) and by its missing heartbeat elsewhere.
-COLLECTIVE_TIMEOUT_S = 25.0
+COLLECTIVE_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class _Watched:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, RuntimeError) and not isinstance(error, RankError):
             self.transport.failed = True
-            reason = " ".join(str(error).split("] ")[-1].split())[:160]
+            reason = " ".join(str(error).split("] ", 1)[-1].split()).split(". ")[0][:160]
             raise RankError(
                 f"rank {self.transport.rank}: another rank of this run ended or stopped answering "
                 f"(noticed in {self.kind}: {reason})"
