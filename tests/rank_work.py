@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from avatar_rt.config import DiTConfig, VAEConfig
 from avatar_rt.engine import AvatarEngine
+from avatar_rt.errors import InputError
 from avatar_rt.models.dit import VideoRefDiT
 from avatar_rt.models.vae import VideoVAE
-from avatar_rt.ops import pack_reference
+from avatar_rt.ops import PackedReference, pack_reference
 from avatar_rt.runtime.parallel import Mesh, SequenceParallel
 from avatar_rt.runtime.parallelise import parallelise
 from avatar_rt.runtime.sharded import shard_module
@@ -241,6 +242,49 @@ def sharded() -> dict[str, float]:
     return {"error": error(got[0], want[0]), "held": held / sum(p.numel() for p in dit.parameters())}
 
 
+@torch.inference_mode()
+def led(folder: Path | None = None) -> dict[str, Any]:
+    """What the leader gets through ``parallelise``: every form of a reference, an error that ends nothing, and how
+    many references a follower still keeps when the leader has let them go."""
+    spread = list(meshes().values())[-1 if joined().world == 2 else 1]
+    team = Team(joined(), PrefixStore("led", joined().store), torch.device("cpu"))
+    plain = model()
+    dit = parallelise(plain, spread, team)
+    if not team.leads:
+        team.follow(), team.stop(True)
+        return {"kept": len(dit._shards)}
+    found: dict[str, Any] = {}
+    two, x = inputs(batch=2), inputs()
+
+    def packed(k: Tensor, v: Tensor, storage: str | None = None, batch: int = 1) -> list[PackedReference]:
+        layers = [[c.expand(batch, -1, -1, -1) for c in layer] for layer in zip(k, v, strict=True)]
+        return [pack_reference(*layer, storage=storage) for layer in layers]
+
+    (k, v), (own_k, own_v) = encode(plain, x), encode(dit, x)
+    for name, given, storage, batch in (
+        ("plain", x, None, 1), ("packed", x, None, 1), ("int8", x, "int8", 1), ("int8 again", x, "int8", 1),
+        ("packed for two", two, None, 2),
+    ):  # fmt: skip
+        want, got = ({"packed": packed(*kv, storage, batch)} for kv in ((k, v), (own_k, own_v)))
+        if name == "plain":
+            got = {"ref_k": own_k, "ref_v": own_v}
+        pairs = zip(forward(dit, given, **got), forward(plain, given, **want), strict=True)
+        found[name] = max(error(a, b) for a, b in pairs)
+    found["from full heads"] = error(forward(dit, x, ref_k=k + 0.0, ref_v=v)[0], forward(plain, x, ref_k=k, ref_v=v)[0])
+    full = packed(k.flip(3), v.flip(3), "int8")
+    found["int8 from full heads"] = error(forward(dit, x, packed=full)[0], forward(plain, x, packed=full)[0])
+    for name, wrong in (("latents", x | {"latents": x["latents"][:, :5]}), ("t", x | {"t": x["t"][:, :2]})):
+        try:
+            forward(dit, wrong)
+        except InputError as e:
+            found[f"{name} said"] = str(e)
+    del got, full, own_k, own_v
+    found["without"] = error(forward(dit, x)[0], forward(plain, x)[0])
+    encode(dit, x)
+    team.stop(True)
+    return found
+
+
 def video(folder: Path) -> dict[str, Any]:
     """Frames of a random bundle through the whole pipeline, over small meshes: from a clip, and from full heads."""
     with torch.inference_mode():
@@ -286,5 +330,5 @@ def video(folder: Path) -> dict[str, Any]:
 def everything(folder: Path) -> dict[str, Any]:
     return {
         "passes": passes(), "gradients": gradients(), "traffic": traffic(), "stripes": stripes(), "sharded": sharded(),
-        "video": video(folder),
+        "led": led(), "video": video(folder),
     }  # fmt: skip

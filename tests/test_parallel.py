@@ -106,6 +106,14 @@ def test_sharded_weights_compute_the_same(found: list[dict[str, Any]]) -> None:
         assert rank["sharded"]["held"] == pytest.approx(1 / len(found), rel=0.3)
 
 
+def test_the_leader_may_have_its_reference_in_any_form(found: list[dict[str, Any]]) -> None:
+    told = dict(found[0]["led"])
+    assert "latents: expected [B, 6, T, H, W]" in told.pop("latents said") and "t: expected" in told.pop("t said")
+    assert len(told) == 8 and max(told.values()) < ROUNDING, told
+    for rank in found[1:]:
+        assert rank["led"]["kept"] == 1  # the last, which no pass has used yet
+
+
 def test_ranks_make_the_video_of_one_process(found: list[dict[str, Any]]) -> None:
     """The whole pipeline: a reference encoded by all ranks, and one whose heads are sent out; and then another."""
     video = found[0]["video"]

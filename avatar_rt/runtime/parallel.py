@@ -19,7 +19,11 @@ from torch import Tensor
 from avatar_rt import ops
 from avatar_rt.errors import InputError
 from avatar_rt.ops import PackedReference
+from avatar_rt.ops.packed import layout_of
 from avatar_rt.runtime.transport import Group, Pending, Transport
+
+Attended = tuple[Tensor, Tensor]  # output and LSE
+ReferenceRows = tuple[Tensor, Tensor] | PackedReference  # of one block
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def split_rows(total: int, parts: int) -> list[int]:
     return [total // parts + (i < total % parts) for i in range(parts)]
 
 
-def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def merge(a: Attended, b: Attended) -> Attended:
     """Two attentions of the same queries over disjoint keys -> the attention over both, in fp32 (fp64 for fp64).
 
     a, b: output [B, L, N, D] and natural-log LSE [B, N, L]. A share is known to one ulp of the LSE, no better.
@@ -113,21 +117,23 @@ class RowShare:
 
     # ---- generated rows --------------------------------------------------------------------------------------------
 
-    def attend(
-        self, qkv: Iterable[Tensor], ref: tuple[Tensor, Tensor] | PackedReference | None, strength: float
-    ) -> Tensor:
-        """See ``Share.attend``. The keys and values travel while the queries attend to the reference."""
+    def attend(self, qkv: Iterable[Tensor], ref: ReferenceRows | None, strength: float) -> Tensor:
+        """See ``Share.attend``. What travels meanwhile: keys and values while the queries attend to the reference, and
+        each turn of the ring while they attend to the keys of the last turn and to a slice of the reference."""
         q_sent, k_sent, v_sent = [self._send_heads(x) for x in qkv]
-        q, found = q_sent.wait(), None
-        if ref is not None and strength > 0:
-            found = _over_reference(q, ref, strength)
+        ring, q = self.parallel.ring, q_sent.wait()
+        found: Attended | None = None
+        slices = [] if ref is None or strength == 0 else _slices(ref, ring.size)
+        if ring.size == 1 and slices:
+            found = _over_reference(q, slices.pop(), strength)
         k, v = k_sent.wait(), v_sent.wait()
-        ring = self.parallel.ring
         for turn in range(ring.size):
             coming = [self._pass_on(x, turn) for x in (k, v)] if turn + 1 < ring.size else []
             part = ops.sparse_reference_attention(q, k, v, return_lse=True)
             assert isinstance(part, tuple)
             found = part if found is None else merge(found, part)
+            if slices:
+                found = merge(found, _over_reference(q, slices.pop(), strength))
             if coming:
                 k, v = (pending.wait() for pending in coming)
         assert found is not None
@@ -195,7 +201,19 @@ class RowShare:
         return out.transpose(0, 1)
 
 
-def _over_reference(q: Tensor, ref: tuple[Tensor, Tensor] | PackedReference, strength: float) -> tuple[Tensor, Tensor]:
+def _slices(ref: ReferenceRows, parts: int) -> list[ReferenceRows]:
+    """A reference cut into so many runs of rows, without a copy; whole where its packing cannot be cut."""
+    if parts == 1:
+        return [ref]
+    if isinstance(ref, PackedReference):
+        if layout_of(ref.k, ref.v) != "rows":
+            return [ref]
+        ref = (ref.k.transpose(1, 2), ref.v.transpose(1, 2))
+    runs = [n for n in split_rows(ref[0].shape[1], parts) if n]
+    return list(zip(*(x.split(runs, dim=1) for x in ref), strict=True))
+
+
+def _over_reference(q: Tensor, ref: ReferenceRows, strength: float) -> Attended:
     if isinstance(ref, PackedReference):
         found = ops.sparse_reference_attention(q, None, None, packed=ref, strength=strength, return_lse=True)
     else:

@@ -41,6 +41,7 @@ class SpreadDiT:
     def __init__(self, dit: Any, spread: SequenceParallel, team: Team) -> None:
         self.dit, self.spread, self.team = dit, spread, team
         self._shards: dict[int, Given] = {}  # by number; the leader's own are the caller's, but for those sent out
+        self._forms: dict[int, dict[tuple[str, int], list[PackedReference]]] = {}  # the same, packed
         self._known = _Numbers()
         self._own: dict[str, Any] = {}  # the leader's, within a call
         self._sent: list[list[Tensor]] = []
@@ -140,17 +141,18 @@ class SpreadDiT:
         return self.dit(*args, **kwargs, **own, spread=self.spread)
 
     def _shard(self, number: int, how: str, batch: int) -> dict[str, Any]:
-        """This rank's heads of a reference, packed as the leader has it packed, for as many batch rows."""
-        shard = self._shards[number]
-        if how != "plain" and not isinstance(shard, list):
-            storage = "int8" if how == "int8" else None
-            shard = self._shards[number] = [pack_reference(*kv, storage=storage) for kv in zip(*shard, strict=True)]
-        if isinstance(shard, list):
-            if shard[-1].k.shape[0] != batch:
-                shard = self._shards[number] = [_repeated(p, batch) for p in shard]
-            return {"packed": shard}
-        k, v = shard
-        return {"ref_k": k.expand(-1, batch, -1, -1, -1), "ref_v": v.expand(-1, batch, -1, -1, -1)}
+        """This rank's heads of a reference, in the form in which the leader has its own, for as many batch rows."""
+        shard, form = self._shards[number], (how, batch)
+        if how == "plain" and not isinstance(shard, list):
+            k, v = (x.expand(-1, batch, -1, -1, -1) for x in shard)
+            return {"ref_k": k, "ref_v": v}
+        forms = self._forms.setdefault(number, {})
+        if form not in forms:
+            if not isinstance(shard, list):
+                storage = "int8" if how == "int8" else None
+                shard = [pack_reference(*kv, storage=storage) for kv in zip(*shard, strict=True)]
+            forms[form] = [_repeated(p, batch) for p in shard]
+        return {"packed": forms[form]}
 
     def _receive(self, number: int, rows: int, shapes: list[Any], dropped: list[int]) -> None:
         """Takes this rank's heads, block by block: dimension 1 of packed tensors, 2 of plain ones."""
@@ -179,6 +181,7 @@ class SpreadDiT:
     def _drop(self, numbers: list[int]) -> None:
         for number in numbers:
             self._shards.pop(number, None)
+            self._forms.pop(number, None)
 
 
 class _Numbers:
@@ -240,6 +243,9 @@ def _cut(x: Tensor, axis: int, parts: int, rank: int) -> Tensor:
 
 
 def _repeated(p: PackedReference, batch: int) -> PackedReference:
+    if p.k.shape[0] == batch:
+        return p
+
     def repeat(x: Tensor) -> Tensor:
         return x if x.ndim == 1 else x[:1].expand(batch, *x.shape[1:]).contiguous()
 
