@@ -32,7 +32,7 @@ SMALL = DiTConfig(
     dim=48, ffn_dim=64, num_heads=4, num_layers=2, text_dim=12, text_len=4, latent_channels=4, mask_channels=2,
     reference=True, anchor=True, audio_dim=10, reference_audio_dim=6, audio_adapter_dim=8, motion_dim=16,
 )  # fmt: skip
-MESHES = {2: ((2, 1), (1, 2)), 4: ((4, 1), (2, 2), (1, 4))}
+MESHES = {2: ((2, 1), (1, 2)), 4: ((2, 2), (1, 4))}
 
 
 def model(cfg: DiTConfig = SMALL) -> VideoRefDiT:
@@ -246,7 +246,7 @@ def sharded() -> dict[str, float]:
 def led(folder: Path | None = None) -> dict[str, Any]:
     """What the leader gets through ``parallelise``: every form of a reference, an error that ends nothing, and how
     many references a follower still keeps when the leader has let them go."""
-    spread = list(meshes().values())[-1 if joined().world == 2 else 1]
+    spread = list(meshes().values())[1 if joined().world == 2 else 0]
     team = Team(joined(), PrefixStore("led", joined().store), torch.device("cpu"))
     plain = model()
     dit = parallelise(plain, spread, team)

@@ -194,7 +194,7 @@ class VideoRefDiT(nn.Module):
         share, heard_frames = None, slice(0, frames)
         if spread is not None:
             share = spread.rows(x.shape[1])
-            x, index, position = x[:, share.own], index[share.own], position[share.own]
+            x, index, position = x[:, share.own].contiguous(), index[share.own], position[share.own]
             kept = torch.arange(full_rows, device=x.device) if rows is None else rows
             heard_frames = slice(int(index[0]), int(index[-1]) + 1)
             rows = kept[share.own] - heard_frames.start * size
@@ -279,7 +279,7 @@ class VideoRefDiT(nn.Module):
         share = None
         if spread is not None:
             share = spread.rows(x.shape[1])
-            x, position, index = x[:, share.own], position[share.own], index[share.own]
+            x, position, index = x[:, share.own].contiguous(), position[share.own], index[share.own]
             span = span.cut(share.own.start, share.own.stop)
         rope = self._rope(position)
         e, e6 = self._time(t, None, motion if has_motion else None)

@@ -55,10 +55,11 @@ class SpreadDiT:
 
     def encode_reference(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """VideoRefDiT.encode_reference on all ranks; returns this rank's heads [layers, B, R, N', D]."""
-        number = self._known.new()
-        k, v = self.team.call("dit.encode", number, self._known.dropped(), args, kwargs)
-        self._known.learn(number, k, k[-1, 0, 0])  # not used by a pass yet: kept even when k itself is let go
-        return k, v
+        with self.team.lock:
+            number = self._known.new()
+            k, v = self.team.call("dit.encode", number, self._known.dropped(), args, kwargs)
+            self._known.learn(number, k, k[-1, 0, 0])  # not used by a pass yet: kept even when k itself is let go
+            return k, v
 
     def __call__(
         self,
@@ -74,24 +75,16 @@ class SpreadDiT:
             given = list(packed)
         elif ref_k is not None and ref_v is not None:
             given = (ref_k, ref_v)
-        if given is None:
-            return self.team.call("dit.forward", None, "", 1, self._known.dropped(), args, kwargs)
-        number = self._number(given)
-        if isinstance(given, list):
-            batch, how = given[-1].k.shape[0], "int8" if given[-1].k.dtype == torch.int8 else "packed"
-        else:
-            batch, how = given[0].shape[1], "plain"
-        if number not in self._shards:
-            kwargs = kwargs | ({"packed": given} if isinstance(given, list) else {"ref_k": given[0], "ref_v": given[1]})
-        return self._lead(number, how, batch, args, kwargs)
-
-    def _lead(self, number: int, how: str, batch: int, args: Any, kwargs: dict[str, Any]) -> Any:
-        own: dict[str, Any] = {k: kwargs.pop(k) for k in ("packed", "ref_k", "ref_v") if k in kwargs}
-        self._own = own
-        try:
-            return self.team.call("dit.forward", number, how, batch, self._known.dropped(), args, kwargs)
-        finally:
-            self._own = {}
+        with self.team.lock:
+            if given is None:
+                return self.team.call("dit.forward", None, "", 1, self._known.dropped(), args, kwargs)
+            number = self._number(given)
+            if number not in self._shards:  # else it had all heads, and this rank has cut out its own
+                self._own = {"packed": given} if isinstance(given, list) else {"ref_k": given[0], "ref_v": given[1]}
+            try:
+                return self.team.call("dit.forward", number, *_form(given), self._known.dropped(), args, kwargs)
+            finally:
+                self._own = {}
 
     def _number(self, given: Given) -> int:
         """The number of a reference: by its tensors, else by its last block's first keys, which depend on all of it."""
@@ -222,6 +215,13 @@ class _Numbers:
             del self._probes[n]
             self.used.discard(n)
         return gone
+
+
+def _form(given: Given) -> tuple[str, int]:
+    """How the leader has a reference, and for how many batch rows."""
+    if not isinstance(given, list):
+        return "plain", given[0].shape[1]
+    return "int8" if given[-1].k.dtype == torch.int8 else "packed", given[-1].k.shape[0]
 
 
 def _first_keys(given: Given) -> Tensor:

@@ -74,7 +74,11 @@ def ranks(device: str, ulysses: int | None = None, ring: int | None = None) -> I
     local = local_device(device)
     transport = join(local)
     ring = ring or 1
-    mesh = Mesh(ulysses or max(transport.world // ring, 1), ring, transport.rank, transport.world)
+    try:
+        mesh = Mesh(ulysses or max(transport.world // ring, 1), ring, transport.rank, transport.world)
+    except InputError:
+        leave(orderly=True)  # every rank says the same
+        raise
     run = Run(str(local), transport, mesh)
     before = _on_sigterm(transport)
     failed = True

@@ -70,12 +70,13 @@ class SpreadVAE:
         """VideoVAE.decode_step on all ranks; a picture with fewer latent rows than ranks is decoded here alone."""
         if z.ndim != 5 or z.shape[3] < self.transport.world:
             return self.vae.decode_step(z, state)
-        self._state = list(state or ())
         shapes = None if state is None else [(list(s.shape), s.dtype) for s in state]
-        try:
-            return self.team.call("vae.decode", z, shapes)
-        finally:
-            self._state = []
+        with self.team.lock:
+            self._state = list(state or ())
+            try:
+                return self.team.call("vae.decode", z, shapes)
+            finally:
+                self._state = []
 
     def _decode(self, z: Tensor, shapes: list[Any] | None) -> Any:
         heights = self.seams.heights = split_rows(z.shape[3], self.transport.world)

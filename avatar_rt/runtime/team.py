@@ -30,7 +30,8 @@ class Heartbeat:
     """A thread that says that this rank lives, and notices when one it watches does not."""
 
     def __init__(self, store: Store, rank: int, watched: list[int], lost: Callable[[], None]) -> None:
-        self.store: Any = getattr(store, "clone")()  # noqa: B009  (torch's stub lacks it; another thread has the other)
+        clone = getattr(store, "clone", None)  # a connection of its own: another thread uses the other
+        self.store = clone() if clone is not None else store
         self.rank, self.watched, self._lost = rank, watched, lost
         self.reason: str | None = None
         self._stopped = threading.Event()
@@ -81,7 +82,7 @@ class Team:
         others = [r for r in range(transport.world) if r] if self.leads else [0]
         self.beat = Heartbeat(store, transport.rank, others, transport.abort)
         self._functions: dict[str, Callable[..., Any]] = {}
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()  # one call at a time; hold it around what a call reads
         self._count = 0
 
     def register(self, name: str, function: Callable[..., Any]) -> None:
@@ -94,7 +95,7 @@ class Team:
         Arguments are tensors, plain values, and lists, tuples and dictionaries of them. Raises RankError.
         """
         assert self.leads, "only rank 0 calls"
-        with self._lock:
+        with self.lock:
             try:
                 self.beat.check()
                 tensors: list[Tensor] = []
