@@ -22,6 +22,7 @@ from avatar_rt.models.vae import VideoVAE
 from avatar_rt.ops import PackedReference, pack_reference
 from avatar_rt.runtime.parallel import Mesh, SequenceParallel
 from avatar_rt.runtime.parallelise import parallelise
+from avatar_rt.runtime.ranks import module_of
 from avatar_rt.runtime.sharded import shard_module
 from avatar_rt.runtime.stripes import SpreadVAE
 from avatar_rt.runtime.team import Team
@@ -293,7 +294,7 @@ def video(folder: Path) -> dict[str, Any]:
         crops = g.integers(0, 255, (9, 32, 32, 3), dtype=np.uint8)
         sound = g.standard_normal(6000).astype(np.float32) * 0.1
         whole = engine.prepare(crops, cropped=True) if joined().rank == 0 else None
-    plain_dit, plain_vae, found = engine.dit, engine.vae, {}
+    plain_dit, plain_vae, found = module_of(engine.dit), module_of(engine.vae), {}
 
     def frames(reference: Any) -> np.ndarray:
         session = engine.session(reference)

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from torch import nn
+
 from avatar_rt.errors import InputError, RankError
 from avatar_rt.runtime.parallel import Mesh, SequenceParallel
 from avatar_rt.runtime.parallelise import parallelise
@@ -52,12 +54,20 @@ class Run:
         if shard_weights:
             from avatar_rt.runtime.sharded import shard_module
 
-            shard_module(engine.dit, engine.device)
-        engine.dit = parallelise(engine.dit, SequenceParallel(self.mesh, self.transport), self.team)
-        engine.vae = SpreadVAE(engine.vae, self.transport, self.team)
+            shard_module(module_of(engine.dit), engine.device)
+        spread = SequenceParallel(self.mesh, self.transport)
+        engine.dit = parallelise(module_of(engine.dit), spread, self.team)
+        engine.vae = SpreadVAE(module_of(engine.vae), self.transport, self.team)
         if not self.leads:
             self.orderly = self.team.follow()
         return self.leads
+
+
+def module_of(form: Any) -> Any:
+    """The module under a form of it for one process (recorded, graphed), which holds it as dit, vae or call."""
+    while not isinstance(form, nn.Module):
+        form = next(getattr(form, name) for name in ("dit", "vae", "call") if hasattr(form, name))
+    return form
 
 
 @contextmanager
