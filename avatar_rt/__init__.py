@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from avatar_rt.config import PRESETS, AvatarConfig, preset
-from avatar_rt.errors import ArtifactError, AvatarError, InputError, UnsupportedError
+from avatar_rt.errors import ArtifactError, AvatarError, InputError, RankError, UnsupportedError
 
 if TYPE_CHECKING:
     from avatar_rt.engine import AvatarEngine
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "AvatarEngine", "Reference", "Session", "AvatarConfig", "PRESETS", "preset",
-    "AvatarError", "InputError", "UnsupportedError", "ArtifactError", "__version__",
+    "AvatarError", "InputError", "UnsupportedError", "ArtifactError", "RankError", "__version__",
 ]  # fmt: skip
 
 _LAZY = {"AvatarEngine": "engine", "Reference": "session", "Session": "session"}

@@ -7,9 +7,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from avatar_rt import __version__
 from avatar_rt.errors import AvatarError, InputError, UnsupportedError
+
+if TYPE_CHECKING:
+    from avatar_rt.runtime.ranks import Run
 
 SAMPLES = Path(__file__).parent / "samples"
 
@@ -69,6 +73,14 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--device", default="cpu", help="cpu or cuda[:n] (default: %(default)s)")
     common.add_argument("--seed", type=int, default=0, help="same seed, same video (default: %(default)s)")
     common.add_argument("--steps", type=_positive(int), help="solver steps (default: the bundle's)")
+    for name, shares in (("ulysses", "heads"), ("ring", "keys and values, passed around")):
+        common.add_argument(
+            f"--{name}-degree",
+            type=_positive(int),
+            help=f"processes that share {shares}, under torchrun --nproc-per-node ULYSSES * RING (default: "
+            + ("as many as there are over the ring degree)" if name == "ulysses" else "1)"),
+        )
+    common.add_argument("--shard-weights", action="store_true", help="spread the transformer's weights over processes")
     generate = commands.add_parser("generate", parents=[common], help="reference video and speech to talking video")
     generate.add_argument("reference", type=Path, help="video of one person facing the camera")
     generate.add_argument("speech", type=Path, help="sound file, or a video whose sound to use")
@@ -114,15 +126,27 @@ def _serve(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace, reference: Path, speech: Path, output: Path, sheet: Path | None) -> None:
+    from avatar_rt.runtime.ranks import ranks
+
+    with ranks(args.device, args.ulysses_degree, args.ring_degree) as run:
+        _generate_on(run, args, reference, speech, output, sheet)
+
+
+def _generate_on(
+    run: Run, args: argparse.Namespace, reference: Path, speech: Path, output: Path, sheet: Path | None
+) -> None:
     from avatar_rt.media.writer import check_output
 
-    check_output(output)
-    if sheet is not None:
+    if run.leads:
+        check_output(output)
+    if run.leads and sheet is not None:
         check_output(sheet, (".png",))
     from avatar_rt.engine import AvatarEngine
 
     started = time.monotonic()
-    engine = AvatarEngine(args.bundle, device=args.device)
+    engine = AvatarEngine(args.bundle, device=run.device)
+    if not run.leads_with(engine, shard_weights=args.shard_weights):
+        return  # this process followed until the video was written
     options = {"seed": args.seed, "steps": args.steps}
     for name in ("scene", "prompt", "seconds", "reference_scale", "audio_scale", "reference_strength"):
         if getattr(args, name, None) is not None:

@@ -1,4 +1,4 @@
-"""The three errors a user of avatar_rt can see. Each message is one sentence built from values."""
+"""The errors a user of avatar_rt can see. Each message is one sentence built from values."""
 
 
 class AvatarError(Exception):
@@ -15,3 +15,7 @@ class UnsupportedError(AvatarError, RuntimeError):
 
 class ArtifactError(AvatarError, RuntimeError):
     """A weight file, cache or engine does not fit this build. Names the command that remakes it."""
+
+
+class RankError(AvatarError, RuntimeError):
+    """Another process of a run over several ranks has ended or stopped answering. What was written so far is whole."""

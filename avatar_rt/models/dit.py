@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from avatar_rt.config import DiTConfig
 from avatar_rt.errors import InputError
 from avatar_rt.models.layers import Block, Head, linear_fp32, rope_table, timestep_embedding
+from avatar_rt.models.spread import Share, Span, Spread
 from avatar_rt.ops import PackedReference
 
 
@@ -157,6 +158,7 @@ class VideoRefDiT(nn.Module):
         *,
         rows: Tensor | None = None,
         scale: tuple[float, float] = (1.0, 1.0),
+        spread: Spread | None = None,
     ) -> tuple[Tensor, Tensor]:
         """K and V of the reference rows in every block, computed once per (reference, weights).
 
@@ -167,6 +169,7 @@ class VideoRefDiT(nn.Module):
             motion: [B, T, M] clean motion tokens, or None.
             rows: [n] int64 kept patches of the flattened (T, h, w) grid, ascending; None keeps all.
             scale: Target grid over reference grid, for height and width positions.
+            spread: Over which ranks to spread the rows; all call alike. Each gets its own heads of all rows.
 
         Returns: two [layers, B, R, N, D] tensors in the weights' dtype, positions already applied.
         """
@@ -188,21 +191,30 @@ class VideoRefDiT(nn.Module):
             keep[rows // patches, rows % patches] = True
             rows = keep.flatten().nonzero().flatten()
             x, index, position = x[:, rows], index[rows], position[rows]
+        share, heard_frames = None, slice(0, frames)
+        if spread is not None:
+            share = spread.rows(x.shape[1])
+            x, index, position = x[:, share.own].contiguous(), index[share.own], position[share.own]
+            kept = torch.arange(full_rows, device=x.device) if rows is None else rows
+            heard_frames = slice(int(index[0]), int(index[-1]) + 1)
+            rows = kept[share.own] - heard_frames.start * size
+            full_rows = (heard_frames.stop - heard_frames.start) * size
         rope = self._rope(position)
         _, e = self._time(x.new_zeros(x.shape[0], frames), self.reference_time, motion if has_motion else None)
         text_c = self._text(text)
         heard = where = None
         if cfg.reference_audio_dim:
             heard = self._audio(audio, self.null_reference_audio, self.reference_audio_embedding, x.shape[0], frames)
+            heard = heard.unflatten(1, (frames, -1))[:, heard_frames].flatten(1, 2)
             where = self.reference_audio_position
         ks, vs = [], []
         for i, block in enumerate(self.blocks):
             x = x + self.reference_embedding.float()
-            qkv = block.reference_kv(x, e, index, rope)
+            qkv = block.reference_kv(x, e, index, rope, share)
             ks.append(qkv[1])
             vs.append(qkv[2])
             if i + 1 < len(self.blocks):  # nobody sees what the last block would make of the rows
-                x = block.reference(x, e, index, qkv, text_c, heard, where, frames, rows, full_rows)
+                x = block.reference(x, e, index, qkv, text_c, heard, where, frames, rows, full_rows, share)
         return torch.stack(ks), torch.stack(vs)
 
     # ---- generated side ------------------------------------------------------------------------------------------
@@ -222,6 +234,7 @@ class VideoRefDiT(nn.Module):
         ref_v: Tensor | None = None,
         packed: Sequence[PackedReference] | None = None,
         strength: float = 1.0,
+        spread: Spread | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """One pass over the generated side.
 
@@ -237,6 +250,7 @@ class VideoRefDiT(nn.Module):
             ref_k, ref_v: [layers, B, R, N, D] from ``encode_reference``, or None.
             packed: The same rows, one ``ops.pack_reference`` per block; given instead of them.
             strength: Factor on the reference rows' attention weights, 1 as trained, 0 as without a reference.
+            spread: Over which ranks to spread the rows; all call alike, with their own heads of the reference.
 
         Returns: velocity [B, C, T, H, W] fp32, and motion velocity [B, T, M] fp32 or None.
         Raises: InputError on a shape above.
@@ -248,8 +262,8 @@ class VideoRefDiT(nn.Module):
         t = t[:, None].expand(batch, frames) if t.ndim == 1 else t
         if t.shape != (batch, frames):
             raise InputError(f"t: expected [{batch}] or [{batch}, {frames}], got {list(t.shape)}")
-        rows = x.shape[1]
-        index = torch.arange(frames, device=x.device).repeat_interleave(patches + has_motion)
+        span = Span(0, x.shape[1], frames, patches + has_motion)
+        index = torch.arange(frames, device=x.device).repeat_interleave(span.size)
         position = self._positions(grid, x.device, motion=has_motion)
         if anchor is not None:
             if not cfg.anchor:
@@ -262,6 +276,11 @@ class VideoRefDiT(nn.Module):
             position = torch.cat([position, where])
             index = torch.cat([index, index.new_full((where.shape[0],), frames)])
             t = torch.cat([t, t[:, :1] if anchor_t is None else anchor_t[:, None].to(t.dtype)], dim=1)
+        share = None
+        if spread is not None:
+            share = spread.rows(x.shape[1])
+            x, position, index = x[:, share.own].contiguous(), position[share.own], index[share.own]
+            span = span.cut(share.own.start, share.own.stop)
         rope = self._rope(position)
         e, e6 = self._time(t, None, motion if has_motion else None)
         text_c = self._text(text)
@@ -270,7 +289,7 @@ class VideoRefDiT(nn.Module):
             heard = self._audio(audio, self.null_audio, self.audio_embedding, batch, frames)
         for i, block in enumerate(self.blocks):
             if anchor is not None:
-                x = torch.cat([x[:, :rows], x[:, rows:] + self.anchor_embedding.float()], dim=1)
+                x = torch.cat([x[:, : span.here], x[:, span.here :] + self.anchor_embedding.float()], dim=1)
             x = block(
                 x,
                 e6,
@@ -279,16 +298,13 @@ class VideoRefDiT(nn.Module):
                 text_c,
                 heard,
                 getattr(self, "audio_position", None),
-                frames,
-                rows,
+                span,
                 packed[i] if packed is not None else None if ref_k is None else (ref_k[i], ref_v[i]),
                 strength,
+                share,
             )
-        x = x[:, :rows].unflatten(1, (frames, -1))
-        e = e[:, :frames]
-        index = torch.arange(frames, device=x.device)
-        velocity = self._unpatch(self.head(x[:, :, :patches].flatten(1, 2), e, index.repeat_interleave(patches)), grid)
-        motion_velocity = self.motion_head(x[:, :, patches], e, index) if has_motion else None
+        patch_rows, motion_velocity = self._heads(x[:, : span.here], e[:, :frames], span, patches, share)
+        velocity = self._unpatch(patch_rows, grid)
         if cfg.prediction == "preconditioned":
             t = t[:, :frames].float()
             velocity = velocity_of(velocity, latents[:, : cfg.latent_channels], t[:, None, :, None, None])
@@ -296,8 +312,35 @@ class VideoRefDiT(nn.Module):
                 motion_velocity = velocity_of(motion_velocity, motion, t[:, :, None])
         return velocity, motion_velocity
 
+    def _heads(
+        self, x: Tensor, e: Tensor, span: Span, patches: int, share: Share | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Both heads on the rows of ``span`` -> all patches' [B, T * patches, P], and [B, T, M] or None."""
+        index = torch.arange(span.start, span.stop, device=x.device) // span.size
+        if share is None:
+            x, index = x.unflatten(1, (span.frames, -1)), index[:: span.size]
+            motion = self.motion_head(x[:, :, patches], e, index) if self.cfg.motion_dim else None
+            return self.head(x[:, :, :patches].flatten(1, 2), e, index.repeat_interleave(patches)), motion
+        place = torch.arange(span.start, span.stop, device=x.device) % span.size
+        own, counts = (place < patches).nonzero().flatten(), _rows_of(share, span, patches, of_patches=True)
+        rows, motion = share.gather(self.head(x[:, own], e, index[own]), counts), None
+        if self.cfg.motion_dim:
+            own, counts = (place == patches).nonzero().flatten(), _rows_of(share, span, patches, of_patches=False)
+            motion = share.gather(self.motion_head(x[:, own], e, index[own]), counts)
+        return rows, motion
+
     def _unpatch(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
         _, p, q = self.cfg.patch
         channels = self.cfg.latent_channels
         x = x.reshape(x.shape[0], *grid, p, q, channels).permute(0, 6, 1, 2, 4, 3, 5)
         return x.reshape(x.shape[0], channels, grid[0], grid[1] * p, grid[2] * q)
+
+
+def _rows_of(share: Share, span: Span, patches: int, of_patches: bool) -> list[int]:
+    """How many patches, or motion tokens, each rank holds."""
+
+    def before(row: int) -> int:
+        whole, rest = divmod(min(row, span.frames * span.size), span.size)
+        return whole * patches + min(rest, patches) if of_patches else whole
+
+    return [before(stop) - before(start) for start, stop in share.bounds]

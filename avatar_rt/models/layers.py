@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,8 @@ from torch import Tensor, nn
 
 from avatar_rt import ops
 from avatar_rt.config import DiTConfig
+from avatar_rt.models.spread import ReferenceRows, Share, Span
 from avatar_rt.ops import PackedReference
-
-ReferenceRows = tuple[Tensor, Tensor] | PackedReference | None  # of one block: k and v [B, R, N, D], packed, or none
 
 
 def linear_fp32(linear: nn.Linear, x: Tensor) -> Tensor:
@@ -75,27 +75,36 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Sparse reference self-attention. Generated and reference rows share the projections, never a softmax row."""
 
-    def qkv(self, x_BLC: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x_BLC: Tensor, rope: tuple[Tensor, Tensor]) -> Iterator[Tensor]:
+        """q, k, v [B, L, N, D], each computed when it is asked for: a rank sends one while it computes the next."""
         x_BLC = x_BLC.to(self.q.weight.dtype)
         eps = self.norm_q.eps
-        q = ops.qk_norm_rope(self.heads(self.q(x_BLC)), self.norm_q.weight, *rope, eps=eps)
-        k = ops.qk_norm_rope(self.heads(self.k(x_BLC)), self.norm_k.weight, *rope, eps=eps)
-        return q, k, self.heads(self.v(x_BLC))
+        yield ops.qk_norm_rope(self.heads(self.q(x_BLC)), self.norm_q.weight, *rope, eps=eps)
+        yield ops.qk_norm_rope(self.heads(self.k(x_BLC)), self.norm_k.weight, *rope, eps=eps)
+        yield self.heads(self.v(x_BLC))
 
-    def generated(self, x_BGC: Tensor, rope: tuple[Tensor, Tensor], ref: ReferenceRows, strength: float) -> Tensor:
+    def generated(
+        self, x_BGC: Tensor, rope: tuple[Tensor, Tensor], ref: ReferenceRows, strength: float, share: Share | None
+    ) -> Tensor:
+        if share is not None:
+            return self.o(share.attend(self.qkv(x_BGC, rope), ref, strength).flatten(2))
         q, k, v = self.qkv(x_BGC, rope)
         if isinstance(ref, PackedReference):
             return self.o(ops.sparse_reference_attention(q, k, v, packed=ref, strength=strength).flatten(2))
         ref_k, ref_v = ref or (None, None)
         return self.o(ops.sparse_reference_attention(q, k, v, ref_k, ref_v, strength=strength).flatten(2))
 
-    def reference(self, q: Tensor, k: Tensor, v: Tensor, pattern: str, window: int, num_frames: int) -> Tensor:
-        """What reference rows see of each other. q, k, v: [B, R, N, D], R frame-major."""
+    def reference(
+        self, q: Tensor, k: Tensor, v: Tensor, pattern: str, window: int, num_frames: int, share: Share | None
+    ) -> Tensor:
+        """What reference rows see of each other. q, k, v: [B, R, N, D], R frame-major; of own heads with a share."""
         if pattern == "full":
             out = ops.sparse_reference_attention(q, k, v)
         else:
             radius = 0 if pattern == "frame" else window
             out = ops.local_temporal_attention(q, k, v, num_frames=num_frames, radius=radius)
+        if share is not None:
+            out = share.to_rows(out, whole=pattern != "full")
         return self.o(out.flatten(2))
 
 
@@ -127,13 +136,20 @@ class AudioAttention(Attention):
         if adapter_dim:
             self.q_adapter, self.k_adapter, self.v_adapter = (_adapter(dim, adapter_dim) for _ in range(3))
 
-    def driving(self, x_BLC: Tensor, audio_BSC: Tensor, position: Tensor, num_frames: int) -> Tensor:
+    def driving(self, x_BLC: Tensor, audio_BSC: Tensor, position: Tensor, span: Span) -> Tensor:
+        """x: the rows of ``span``; audio: the features of all its frames."""
         x_BLC, audio_BSC = x_BLC.to(self.q.weight.dtype), audio_BSC.to(self.q.weight.dtype)
-        per = audio_BSC.shape[1] // num_frames
+        per = audio_BSC.shape[1] // span.frames
         q = self.norm_q(self.q(x_BLC))
         k, v = self.norm_k(self.k(audio_BSC)), self.v(audio_BSC)
         k, v = (F.pad(c, (0, 0, per, per)).unfold(1, 3 * per, per).transpose(2, 3) for c in (k, v))
-        return self._attend(q, k + position.to(k.dtype), v, num_frames)
+        if span.here == span.frames * span.size:
+            return self._attend(q, k + position.to(k.dtype), v, span.frames)
+        first, last = span.touched  # a rank may hold parts of its first and last frame: the rest is not looked at
+        before = span.start - first * span.size
+        q = F.pad(q, (0, 0, before, last * span.size - span.stop))
+        k, v = k[:, first:last], v[:, first:last]
+        return self._attend(q, k + position.to(k.dtype), v, last - first)[:, before : before + span.here]
 
     def reference(self, x_BLC: Tensor, audio_BSC: Tensor, position: Tensor, num_frames: int) -> Tensor:
         x_BLC, audio_BSC = x_BLC.to(self.q.weight.dtype), audio_BSC.to(self.q.weight.dtype)
@@ -184,25 +200,29 @@ class Block(nn.Module):
         text: Tensor,
         audio: Tensor | None,
         position: Tensor | None,
-        num_frames: int,
-        rows: int,
+        span: Span,
         ref: ReferenceRows,
         strength: float,
+        share: Share | None = None,
     ) -> Tensor:
-        """Generated rows x [B, G, C] fp32: the first ``rows`` are of ``num_frames`` frames, the rest of the anchor."""
+        """Generated rows x [B, G, C] fp32: first those of ``span``, then the anchor's; with a share, this rank's."""
         m = self.modulations(e)
         h = ops.layernorm_modulate(x, m[0], m[1], index, eps=self.eps)
-        x = ops.gate_residual(x, self.self_attn.generated(h, rope, ref, strength), m[2], index)
+        x = ops.gate_residual(x, self.self_attn.generated(h, rope, ref, strength, share), m[2], index)
         x = x + self.cross_attn(self.norm3(x), text)
-        if audio is not None:
-            heard = self.audio_attn.driving(self.norm4(x[:, :rows]), audio, position, num_frames)
+        rows = span.here
+        if audio is not None and rows:
+            heard = self.audio_attn.driving(self.norm4(x[:, :rows]), audio, position, span)
             x = torch.cat([x[:, :rows] + heard, x[:, rows:]], dim=1)
         return self.feed_forward(x, *m[3:], index)
 
-    def reference_kv(self, x: Tensor, e: Tensor, index: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        """q, k, v of the reference rows: all that generated rows will ever see of this block."""
+    def reference_kv(
+        self, x: Tensor, e: Tensor, index: Tensor, rope: tuple[Tensor, Tensor], share: Share | None = None
+    ) -> tuple[Tensor, ...]:
+        """q, k, v of the reference rows: all that generated rows will ever see of a block; own heads with a share."""
         m = self.modulations(e)
-        return self.self_attn.qkv(ops.layernorm_modulate(x, m[0], m[1], index, eps=self.eps), rope)
+        q, k, v = self.self_attn.qkv(ops.layernorm_modulate(x, m[0], m[1], index, eps=self.eps), rope)
+        return (q, k, v) if share is None else share.to_heads(q, k, v, whole=self.pattern != "full")
 
     def reference(
         self,
@@ -216,17 +236,21 @@ class Block(nn.Module):
         num_frames: int,
         rows: Tensor | None,
         full_rows: int,
+        share: Share | None = None,
     ) -> Tensor:
-        """Reference rows, which see neither the generated rows nor the step nor the driving speech."""
+        """Reference rows, which see neither the generated rows nor the step nor the driving speech.
+
+        rows: where x's rows are among the ``full_rows`` of the frames that ``audio`` is of, unless they are all.
+        """
         m = self.modulations(e)
-        y = self.self_attn.reference(*qkv, self.pattern, self.window, num_frames)
+        y = self.self_attn.reference(*qkv, self.pattern, self.window, num_frames, share)
         x = ops.gate_residual(x, y, m[2], index)
         x = x + self.cross_attn(self.norm3(x), text)
         if audio is not None:
             h = self.norm4(x)
             if rows is not None:  # frames keep different numbers of rows: attend on the full grid, keep ours
                 h = h.new_zeros(h.shape[0], full_rows, h.shape[2]).index_copy(1, rows, h)
-            heard = self.audio_attn.reference(h, audio, position, num_frames)
+            heard = self.audio_attn.reference(h, audio, position, audio.shape[1] // position.shape[0])
             x = x + (heard if rows is None else heard[:, rows])
         return self.feed_forward(x, *m[3:], index)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from avatar_rt.config import VAEConfig
 from avatar_rt.errors import InputError
+from avatar_rt.models.stripes import Seams, striped
 from avatar_rt.models.vae_blocks import (
     CausalConv3d,
     Downsample,
@@ -137,6 +138,11 @@ class VideoVAE(nn.Module):
             raise InputError(f"state: expected {self.num_decoder_states} tensors, got {len(state)}")
         x, state = self.decoder(self.post_quant_conv(z)[0], state)
         return unfold_patch(x, self.cfg.patch), state
+
+    def striped(self, seams: Seams) -> VideoVAE:
+        """This VAE, its weights shared, whose decoder works on one horizontal stripe of the picture: latents, states
+        and video are then the stripe's rows, and every rank calls alike."""
+        return striped(self, seams)
 
     @property
     def num_decoder_states(self) -> int:
