@@ -117,12 +117,10 @@ def decode_audio(
     container: InputContainer, path: str | os.PathLike[str], *, max_seconds: float | None = None
 ) -> tuple[np.ndarray, int, float]:
     """All of ``iter_audio`` in one piece: (float32 [S, channels], rate, time of the first sample); S may be 0."""
-    parts, rate, start = [], 0, 0.0
-    for block, rate, start in iter_audio(container, path, max_seconds=max_seconds):
-        parts.append(block)
-    if not parts:
+    found = list(iter_audio(container, path, max_seconds=max_seconds))
+    if not found:
         return np.zeros((0, 1), np.float32), container.streams.audio[0].codec_context.sample_rate, 0.0
-    return np.concatenate(parts), rate, start
+    return np.concatenate([block for block, _, _ in found]), *found[0][1:]
 
 
 def to_mono(samples: np.ndarray, rate: int, target_rate: int = SAMPLE_RATE) -> np.ndarray:
@@ -218,6 +216,12 @@ def normalise_loudness(samples: np.ndarray, rate: int, target: float = TARGET_LU
 
 def _lufs(power: np.ndarray | float) -> np.ndarray:
     return -0.691 + 10 * np.log10(np.maximum(power, 1e-30))
+
+
+def _k_weight(x: np.ndarray, rate: int) -> np.ndarray:
+    """A whole sound through the K filter; half a second of zeros takes its tail."""
+    n = len(x) + rate // 2
+    return np.fft.irfft(np.fft.rfft(x, n) * _k_response(rate, n), n)[: len(x)]
 
 
 def _k_response(rate: int, n: int) -> np.ndarray:

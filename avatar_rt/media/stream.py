@@ -44,18 +44,18 @@ class SpeechFile:
         self.path, self._seconds = path, seconds
         meter = LoudnessMeter(SAMPLE_RATE)
         self.num_samples = length = self.channels = self.rate = 0
-        start, convert = 0.0, None
+        begin, convert = 0.0, None
         with open_media(path, "a sound file") as container:
             for block, rate, start in iter_audio(container, path):
                 if convert is None:
-                    convert = _ToMono(rate)
+                    convert, begin = _ToMono(rate), start
                     self.rate, self.channels = rate, block.shape[1]
                 length += len(block)
                 self._measure(meter, convert(block))
             if convert is None or not length:
                 raise InputError(f"{path}: expected a sound file, got one whose sound has no samples")
             self._measure(meter, convert(np.zeros((0, 1), np.float32), last=True))
-            check_complete(container, container.streams.audio[0], start + length / self.rate, path)
+            check_complete(container, container.streams.audio[0], begin + length / self.rate, path)
         if length / self.rate < MIN_SECONDS:
             raise InputError(f"{path}: expected at least {MIN_SECONDS:g} s of sound, got {length / self.rate:.3f} s")
         self.gain = loudness_gain(meter.lufs)
