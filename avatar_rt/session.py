@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -19,25 +19,26 @@ from avatar_rt.models.speech import SpeechEncoder
 from avatar_rt.models.vae import VideoVAE
 from avatar_rt.pipeline.decode import decode_chunk
 from avatar_rt.pipeline.denoise import ChunkState, Conditions, Scene, denoise_chunk
-from avatar_rt.pipeline.reference import ReferenceCache, ReferenceContext, encode_reference, pack_cache
+from avatar_rt.pipeline.reference import ReferenceCache, encode_reference, pack_cache
 from avatar_rt.pipeline.schedule import make_schedule
+from avatar_rt.prepared import Reference
 from avatar_rt.runtime.trace import stage
 
 
 @dataclass(frozen=True)
-class Reference:
-    """A prepared person: context (level 1), K/V of every block (level 2), and the clip's own scene.
+class SessionState:
+    """Where a stream stands after the last chunk shown: with its sound from the beginning, it goes on from here.
 
     Attributes:
-        frames: uint8 [F, height, width, 3] the face-centred crops that were encoded.
-        weights_hash: The weights that the cache belongs to.
+        index, frames: Chunks and frames shown so far.
+        chunk: What the next chunk is carried on from.
+        decoder: Convolution state of the VAE decoder; empty before the first chunk.
     """
 
-    context: ReferenceContext
-    cache: ReferenceCache
-    scene: Scene
-    frames: np.ndarray
-    weights_hash: str
+    index: int = 0
+    frames: int = 0
+    chunk: ChunkState = field(default_factory=ChunkState)
+    decoder: tuple[Tensor, ...] = ()
 
 
 class Models(Protocol):
@@ -74,7 +75,9 @@ class Session:
             self.text = engine.embed_text(prompt) if prompt else self.empty_text
         self.schedule = make_schedule(sampling, cfg.chunk, seed, has_text=bool(prompt))
         self._cache = pack_cache(reference.cache) if use_cache else None
-        self._samples = np.zeros(0, np.float32)
+        self._samples = np.zeros(0, np.float32)  # from sample self._first on: what was before, no later chunk needs
+        self._first = 0
+        self._state = SessionState()
         self._ended = False
         self._cancelled = threading.Event()
 
@@ -84,7 +87,10 @@ class Session:
             raise InputError("push_audio: the sound of this session has already ended")
         if samples.ndim != 1 or not np.isfinite(samples).all():
             raise InputError(f"push_audio: expected finite mono samples [S], got shape {list(samples.shape)}")
-        self._samples = np.concatenate([self._samples, samples.astype(np.float32)])
+        kept = np.concatenate([self._samples, samples.astype(np.float32)])
+        start = max(self._heard(self._state.index)[0], 0)
+        self._samples = kept[max(start - self._first, 0) :].copy()
+        self._first = max(self._first, min(start, self._first + len(kept)))
 
     def end_audio(self) -> None:
         """Says that no more sound comes: what is left is generated to its end."""
@@ -97,40 +103,52 @@ class Session:
     @property
     def total_frames(self) -> int:
         """Frames that the sound pushed so far lasts, at 25 fps."""
-        return math.ceil(len(self._samples) / SAMPLES_PER_FRAME)
+        return math.ceil((self._first + len(self._samples)) / SAMPLES_PER_FRAME)
 
-    def _window(self, first: int, last: int) -> Tensor:
-        """Sound of frames first..last with the speech encoder's context, silence where there is none."""
+    def _heard(self, index: int) -> tuple[int, int]:
+        """Samples that a chunk hears: its frames' own and the speech encoder's context on both sides."""
+        plan, per = self.schedule.plan(index), self.engine.config.dit.audio_per_latent
         left, right = self.engine.speech.context
-        low, high = first * SAMPLES_PER_FRAME - left, (last + 1) * SAMPLES_PER_FRAME + right
-        wave = np.zeros(high - low, np.float32)
+        first, last = max(per * (plan.start - 1) + 1, 0), per * (plan.start + plan.latents - 1)
+        return first * SAMPLES_PER_FRAME - left, (last + 1) * SAMPLES_PER_FRAME + right
+
+    def _window(self, low: int, high: int) -> Tensor:
+        """Samples low..high, silence where there are none."""
+        wave, low, high = np.zeros(high - low, np.float32), low - self._first, high - self._first
         part = self._samples[max(low, 0) : max(high, 0)]
         wave[max(-low, 0) : max(-low, 0) + len(part)] = part
         return torch.from_numpy(wave)[None].to(self.engine.device)
 
+    def state(self) -> SessionState:
+        """Where the stream stands after the last chunk yielded."""
+        return self._state
+
+    def restore(self, state: SessionState) -> None:
+        """Goes on from there. The sound is pushed from its beginning again; frames come from ``state.frames`` on."""
+        self._state = state
+
     @torch.inference_mode()
     def frames(self) -> Iterator[np.ndarray]:
-        """Yields frames uint8 [n, H, W, 3] chunk by chunk while the pushed sound lasts."""
-        engine, cfg, per = self.engine, self.engine.config, self.engine.config.dit.audio_per_latent
-        state, decoder, index, emitted = ChunkState(), (), 0, 0
-        while emitted < self.total_frames and not self._cancelled.is_set():
-            plan = self.schedule.plan(index)
-            first, last = max(per * (plan.start - 1) + 1, 0), per * (plan.start + plan.latents - 1)
-            needed = (last + 1) * SAMPLES_PER_FRAME + engine.speech.context[1]
-            if len(self._samples) < needed and not self._ended:
+        """Yields frames uint8 [n, H, W, 3] chunk by chunk while the pushed sound lasts; may be called again."""
+        engine, cfg = self.engine, self.engine.config
+        while self._state.frames < self.total_frames and not self._cancelled.is_set():
+            at = self._state
+            low, high = self._heard(at.index)
+            if self._first + len(self._samples) < high and not self._ended:
                 return
             with stage("speech"):
-                audio = engine.speech(self._window(first, last), has_context=True)
+                audio = engine.speech(self._window(low, high), has_context=True)
             given = Conditions(self.scene, audio, self.text, self.empty_text)
             result = denoise_chunk(
-                engine.dit, cfg, self.schedule, plan, state, self._reference, given, self._cancelled.is_set
-            )
+                engine.dit, cfg, self.schedule, self.schedule.plan(at.index), at.chunk, self._reference, given,
+                self._cancelled.is_set,
+            )  # fmt: skip
             if result is None:
                 return
             chunk, state = result
-            pictures, decoder = decode_chunk(engine.vae, chunk, decoder or None, cfg.output_scale)
-            frames = pictures.frames[: self.total_frames - emitted].cpu().numpy()
-            emitted, index = emitted + len(frames), index + 1
+            pictures, decoder = decode_chunk(engine.vae, chunk, at.decoder or None, cfg.output_scale)
+            frames = pictures.frames[: self.total_frames - at.frames].cpu().numpy()
+            self._state = SessionState(at.index + 1, at.frames + len(frames), state, decoder)
             yield frames
 
     def _reference(self) -> ReferenceCache:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import soxr
@@ -103,10 +104,9 @@ def iter_audio(
         hole = 0 if time is None else round((time - start) * rate) - length
         if not length or hole <= _GAP_SECONDS * rate:
             hole = 0
-        while hole > 0 or block is not None:  # a long hole comes in pieces too
-            piece = np.zeros((min(hole, rate), channels), np.float32) if hole > 0 else block
+        silence = (np.zeros((min(rate, hole - at), channels), np.float32) for at in range(0, hole, rate))
+        for piece in chain(silence, [block]):  # a long hole comes in pieces too
             piece = piece if limit is None else piece[: limit - length]
-            hole, block = hole - len(piece), block if hole > 0 else None
             length += len(piece)
             yield piece, rate, start
             if limit is not None and length >= limit:
