@@ -240,7 +240,9 @@ class AvatarEngine:
 
     def _facts(self, reference: Reference, options: Mapping[str, Any]) -> dict[str, Any]:
         """All that the frames of a request follow from, besides its speech."""
-        facts: dict[str, Any] = {k: v for k, v in options.items() if v is not None and k not in ("scene", "use_cache")}
+        usual = {"seed": 0, "prompt": ""}
+        plain = {k: v for k, v in options.items() if k not in ("scene", "use_cache")}
+        facts: dict[str, Any] = {k: v for k, v in plain.items() if v is not None and v != usual.get(k)}
         scene = options.get("scene")
         if isinstance(scene, np.ndarray):
             facts["scene"] = hashlib.sha256(scene.tobytes()).hexdigest()

@@ -81,7 +81,8 @@ def read_artifact(path: Path, kind: str, form: int, remedy: str) -> tuple[dict[s
                 raise ArtifactError(f"{path}: expected a file of kind {kind}, got {facts.get('kind')!r}; {remedy}")
             if facts.get("format") != form:
                 raise ArtifactError(f"{path}: expected format {form} of {kind}, got {facts.get('format')!r}; {remedy}")
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+            # Clones are aligned as torch aligns: what matrix products round to may depend on it.
+            tensors = {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, AttributeError):
         raise ArtifactError(f"{path}: cut short or damaged, it cannot be read as a file of {kind}; {remedy}") from None
     if facts.pop("content", None) != content_hash(facts, tensors):
