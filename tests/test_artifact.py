@@ -76,7 +76,9 @@ def test_lossy_storage_is_smaller() -> None:
     for storage in ("int8", "fp8"):
         stored, _ = to_storage(x, storage)
         assert sum(t.numel() * t.element_size() for t in stored.values()) < 0.27 * x.numel() * 4
-        assert (from_storage(stored, torch.float32) - x).abs().max() <= x.abs().max() / (250 if storage == "int8" else 15)
+        assert (from_storage(stored, torch.float32) - x).abs().max() <= x.abs().max() / (
+            250 if storage == "int8" else 15
+        )
     with pytest.raises(InputError, match="storage: expected one of fp32"):
         to_storage(x, "int3")
 
@@ -112,8 +114,10 @@ def test_a_file_that_does_not_fit_is_refused_with_the_remedy(engine, clip, tmp_p
     gone = _changed(good, tmp_path / "g.avref", lambda t, m: ({k: v for k, v in t.items() if k != "k.001"}, m))
     other = tmp_path / "o.avref"
     write_artifact(other, "song", 1, {}, {"x": torch.zeros(1)})
-    cases = {cut: "cut short", bit: "altered", text: "cut short or damaged", empty: "cut short", consent: "altered",
-             version: "expected format 1 of avref, got 9", gone: "altered", other: "of kind avref, got 'song'"}  # fmt: skip
+    cases = {
+        cut: "cut short", bit: "altered", text: "cut short or damaged", empty: "cut short", consent: "altered",
+        version: "expected format 1 of avref, got 9", gone: "altered", other: "of kind avref, got 'song'",
+    }  # fmt: skip
     for file, says in cases.items():
         with pytest.raises(ArtifactError, match=says) as stop:
             engine.prepare(file)
