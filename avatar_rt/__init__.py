@@ -12,7 +12,8 @@ from avatar_rt.errors import ArtifactError, AvatarError, InputError, RankError, 
 
 if TYPE_CHECKING:
     from avatar_rt.engine import AvatarEngine
-    from avatar_rt.session import Reference, Session
+    from avatar_rt.prepared import Reference
+    from avatar_rt.session import Session
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,7 +21,7 @@ __all__ = [
     "AvatarError", "InputError", "UnsupportedError", "ArtifactError", "RankError", "__version__",
 ]  # fmt: skip
 
-_LAZY = {"AvatarEngine": "engine", "Reference": "session", "Session": "session"}
+_LAZY = {"AvatarEngine": "engine", "Reference": "prepared", "Session": "session"}
 
 
 def __getattr__(name: str) -> Any:

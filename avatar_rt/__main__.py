@@ -1,4 +1,4 @@
-"""The command line, thin over engine.py: ``avatar-rt generate REF SPEECH -o OUT``, ``avatar-rt demo``, ``serve``."""
+"""The command line, thin over engine.py: ``avatar-rt prepare``, ``generate``, ``demo`` and ``serve``."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     common.add_argument("--shard-weights", action="store_true", help="spread the transformer's weights over processes")
     generate = commands.add_parser("generate", parents=[common], help="reference video and speech to talking video")
-    generate.add_argument("reference", type=Path, help="video of one person facing the camera")
+    generate.add_argument("reference", type=Path, help="video of one person facing the camera, or an .avref of one")
     generate.add_argument("speech", type=Path, help="sound file, or a video whose sound to use")
     generate.add_argument("-o", "--output", type=Path, required=True, help=".mp4, .mov or .mkv to write")
     generate.add_argument("--scene", type=Path, help="picture of the place (default: the reference's own)")
@@ -92,6 +92,19 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--audio-scale", type=float, help="guidance towards the speech; 1 is off")
     generate.add_argument("--reference-strength", type=float, help="weight of the reference in attention; 1 as trained")
     generate.add_argument("--sheet", type=Path, help="also write a contact sheet, .png")
+    generate.add_argument("--resume", action="store_true", help="go on with an unfinished run of the same request")
+    generate.add_argument("--fragmented", action="store_true", help="leave the file fragmented, as it grew")
+    prepare = commands.add_parser("prepare", help="reference video to a file that generate takes instead of it")
+    prepare.add_argument("reference", type=Path, help="video of one person facing the camera")
+    prepare.add_argument("-o", "--output", type=Path, required=True, help=".avref to write")
+    prepare.add_argument("--bundle", type=Path, help="bundle directory (default: the shipped tiny)")
+    prepare.add_argument("--device", default="cpu", help="cpu or cuda[:n] (default: %(default)s)")
+    prepare.add_argument(
+        "--storage",
+        choices=("bf16", "fp32", "int8", "fp8"),
+        help="of the keys and values (default: as computed, bit for bit); int8 and fp8 lose some",
+    )
+    prepare.add_argument("--consent", help="identifier of the person's consent record")
     demo = commands.add_parser(
         "demo", parents=[common], help="generate from the shipped samples: OUT/demo.mp4, demo.png"
     )
@@ -151,6 +164,7 @@ def _generate_on(
     for name in ("scene", "prompt", "seconds", "reference_scale", "audio_scale", "reference_strength"):
         if getattr(args, name, None) is not None:
             options[name] = getattr(args, name)
+    options |= {name: getattr(args, name, False) for name in ("resume", "fragmented")}
     bar = Progress("generate")
     try:
         engine.generate(reference, speech, output, progress=bar, **options)
@@ -164,6 +178,27 @@ def _generate_on(
     print(f"wrote {output}" + (f" and {sheet}" if sheet else "") + f" in {time.monotonic() - started:.1f} s")
 
 
+def _prepare(args: argparse.Namespace) -> None:
+    from avatar_rt.prepared import check_avref
+
+    check_avref(args.output)
+    from avatar_rt.engine import AvatarEngine
+
+    engine = AvatarEngine(args.bundle, device=args.device)
+    reference = engine.prepare(args.reference, consent=args.consent)
+    errors = reference.save(args.output, storage=args.storage)
+    lost = f", relative error of keys {errors[0]:.2e}, of values {errors[1]:.2e}" if any(errors) else ""
+    print(f"wrote {args.output} ({args.output.stat().st_size / 1e6:.1f} MB{lost})")
+
+
+def _how_to_resume(output: Path) -> str:
+    """What to say of an unfinished run that can be gone on with."""
+    from avatar_rt.job import kept_frames, part_of
+
+    frames = kept_frames(output)
+    return f"; {frames} frames are kept in {part_of(output)}, the same command with --resume goes on" if frames else ""
+
+
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
@@ -171,6 +206,8 @@ def main(argv: list[str] | None = None) -> int:
             _generate(args, args.reference, args.speech, args.output, args.sheet)
         elif args.command == "serve":
             _serve(args)
+        elif args.command == "prepare":
+            _prepare(args)
         else:
             out = args.out
             try:
@@ -179,10 +216,11 @@ def main(argv: list[str] | None = None) -> int:
                 raise InputError(f"{out}: expected a folder that can be made ({e.strerror})") from None
             _generate(args, SAMPLES / "reference.mp4", SAMPLES / "speech.wav", out / "demo.mp4", out / "demo.png")
     except AvatarError as e:
-        print(f"error: {e}", file=sys.stderr)
+        stopped = args.command == "generate" and not args.resume and "unfinished run" not in str(e)
+        print(f"error: {e}{_how_to_resume(args.output) if stopped else ''}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(f"interrupted{_how_to_resume(args.output) if args.command == 'generate' else ''}", file=sys.stderr)
         return 130
     return 0
 

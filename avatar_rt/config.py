@@ -187,10 +187,15 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ChunkConfig:
-    """Chunking, in latent frames. A chunk is ``overlap`` clean latents of the one before, then new ones."""
+    """Chunking, in latent frames. A chunk is ``overlap`` clean latents of the one before, then new ones.
+
+    ``steady`` is the share of what has crept into a chunk's level (``pipeline.schedule.level``) since the first chunk
+    that is taken back; 0 is off.
+    """
 
     latents: int = 21
     overlap: int = 2
+    steady: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -232,6 +237,7 @@ class AvatarConfig:
             0 <= self.chunk.overlap < self.chunk.latents,
             f"chunk.overlap: expected less than chunk.latents={self.chunk.latents}, got {self.chunk.overlap}",
         )
+        _check(0 <= self.chunk.steady <= 1, f"chunk.steady: expected 0 to 1, got {self.chunk.steady}")
 
     @property
     def latent_size(self) -> tuple[int, int]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from avatar_rt.config import FPS, SAMPLE_RATE
+from avatar_rt.config import FPS, SAMPLE_RATE, ChunkConfig, SamplingConfig
 from avatar_rt.errors import InputError, UnsupportedError
-from avatar_rt.media.audio import Speech, normalise_loudness, read_audio
+from avatar_rt.job import write_video
+from avatar_rt.media.audio import normalise_loudness
 from avatar_rt.media.face import crop_face, read_face, track_face
 from avatar_rt.media.reader import read_image
-from avatar_rt.media.writer import VideoWriter, check_output
+from avatar_rt.media.stream import SpeechFile
+from avatar_rt.media.writer import EXTENSIONS, check_output
 from avatar_rt.models.dit import VideoRefDiT
 from avatar_rt.models.motion import MotionEncoder
 from avatar_rt.models.speech import SpeechEncoder
@@ -26,16 +29,18 @@ from avatar_rt.models.text import TextEncoder
 from avatar_rt.models.vae import VideoVAE
 from avatar_rt.models.weights import load_weights
 from avatar_rt.pipeline.denoise import Scene
-from avatar_rt.pipeline.reference import encode_reference, read_reference, to_video
-from avatar_rt.runtime.manifest import open_bundle, shipped_bundle
+from avatar_rt.pipeline.reference import encode_reference, offload_cache, read_reference, to_video
+from avatar_rt.prepared import SUFFIX, Reference
+from avatar_rt.runtime.manifest import file_hash, open_bundle, shipped_bundle
 from avatar_rt.runtime.trace import stage
 from avatar_rt.runtime.turns import Turns
 from avatar_rt.scene.image import blank_head, latent_mask
-from avatar_rt.session import Reference, Session
+from avatar_rt.session import Session
 
 Path_ = str | os.PathLike[str]
 M = TypeVar("M", bound=nn.Module)
 MAX_REFERENCE_SECONDS = 10.0  # a longer clip is read no further
+FRAGMENTED = (".mp4", ".mov")
 
 
 def _bf16_is_native(device: torch.device) -> bool:
@@ -109,21 +114,36 @@ class AvatarEngine:
     @torch.inference_mode()
     @stage("reference")
     def prepare(
-        self, video: Path_ | np.ndarray, *, sound: np.ndarray | None = None, cropped: bool = False
+        self,
+        video: Path_ | np.ndarray,
+        *,
+        sound: np.ndarray | None = None,
+        cropped: bool = False,
+        consent: str | None = None,
+        exact: bool = False,
+        offload: bool = False,
     ) -> Reference:
         """Everything of a person that does not depend on a request: read, crop, encode, K/V. Done once.
 
         Args:
-            video: A file, or frames uint8 [F, H, W, 3] at 25 fps.
+            video: A file, frames uint8 [F, H, W, 3] at 25 fps, or an .avref that ``Reference.save`` wrote.
             sound: fp32 [S] 16 kHz mono of given frames; a file brings its own.
             cropped: The frames are face-centred crops already.
+            consent: Identifier of a consent record, kept with the reference.
+            exact: Compute the K/V of an .avref again where it keeps them with loss.
+            offload: Keep the K/V on the host; each block is copied to the device while the one before it is at work.
 
-        Raises: InputError when there is no readable video or no face in it.
+        Raises: InputError when there is no readable video or no face in it; ArtifactError on an .avref of another model
+            or version, or one that is damaged.
         """
         cfg = self.config
+        if not isinstance(video, np.ndarray) and Path(video).suffix.lower() == SUFFIX:
+            return self._offloaded(self._load_reference(Path(video), exact), offload)
+        clip_facts: dict[str, Any] = {}
         if not isinstance(video, np.ndarray):
             clip = read_face(video, cfg.height, max_seconds=MAX_REFERENCE_SECONDS)
             frames, sound = clip.frames, clip.audio
+            clip_facts = {"name": Path(video).name, "sha256": file_hash(Path(video))}
         elif cropped:
             frames = np.stack([_fit(f, cfg.height, cfg.width) for f in video])
         else:
@@ -132,7 +152,30 @@ class AvatarEngine:
         context = read_reference(frames, wave, self.embed_text(), cfg, self.vae, self.speech, self.motion)
         cache = encode_reference(self.dit, context)
         scene = self.encode_scene(frames[0])
-        return Reference(context, cache, scene, frames, self.bundle.weights_hash)
+        clip_facts |= {"frames": len(frames), "seconds": len(frames) / FPS, "sound": wave is not None}
+        made = Reference(context, cache, scene, frames, self.bundle.weights_hash, self.config_hash, consent, clip_facts)
+        return self._offloaded(made, offload)
+
+    @property
+    def config_hash(self) -> str:
+        """Of all of the configuration that a prepared reference depends on: chunks and sampling are left out."""
+        plain = dataclasses.replace(
+            self.config, name="", chunk=ChunkConfig(), sampling=SamplingConfig(), output_scale=1
+        )
+        return hashlib.sha256(plain.to_json().encode()).hexdigest()
+
+    def _load_reference(self, path: Path, exact: bool) -> Reference:
+        loaded = Reference.load(path, weights_hash=self.bundle.weights_hash, config_hash=self.config_hash)
+        loaded = loaded.to(self.device)
+        if loaded.cache.k.dtype == self.dtype and (loaded.exact or not exact):
+            return loaded
+        # Computed in another dtype, or kept with loss: level 1 is there to the bit.
+        return dataclasses.replace(
+            loaded, cache=encode_reference(self.dit, loaded.context), storage="", errors=(0.0, 0.0)
+        )
+
+    def _offloaded(self, reference: Reference, offload: bool) -> Reference:
+        return dataclasses.replace(reference, cache=offload_cache(reference.cache)) if offload else reference
 
     # ---- generation ------------------------------------------------------------------------------------------------
 
@@ -155,7 +198,7 @@ class AvatarEngine:
 
         ``queue_seconds`` and ``overlap`` as of ``Session``.
         """
-        if reference.weights_hash != self.bundle.weights_hash:
+        if reference.weights_hash != self.bundle.weights_hash or reference.config_hash not in ("", self.config_hash):
             raise InputError("reference: it was prepared with other weights; prepare it again with this engine")
         given: dict[str, Any] = {
             "steps": steps, "reference_scale": reference_scale, "audio_scale": audio_scale,
@@ -175,35 +218,48 @@ class AvatarEngine:
         output: Path_,
         *,
         seconds: float | None = None,
+        resume: bool = False,
+        fragmented: bool = False,
         progress: Callable[[int, int], None] = lambda done, total: None,
         **options: Any,
     ) -> Path:
-        """Reference video and speech file in, talking video out; nothing is left at ``output`` when it fails.
+        """Reference video (or .avref) and speech file in, talking video out, of any length in the same memory.
+
+        The video grows in OUTPUT.part while it is made. What ``job.write_video`` says holds for what an unfinished run
+        leaves; nothing is left when the input or the options turn out to be wrong.
 
         Args:
             seconds: Use only the first seconds of the speech.
+            resume: Go on with an unfinished run of the same reference, speech and options.
+            fragmented: Leave the file fragmented, as it grew; .mp4 and .mov only.
             progress: Called with (frames written, frames in all).
             options: As of ``session``.
         """
-        output = check_output(output)
-        sound = read_audio(speech)
-        if seconds is not None:
-            sound = _cut(sound, seconds)
+        output = check_output(output, FRAGMENTED if fragmented else EXTENSIONS)
+        sound = SpeechFile(speech, seconds=seconds)
         if not isinstance(reference, Reference):
             reference = self.prepare(reference)
         session = self.session(reference, **options)
-        session.push_audio(normalise_loudness(sound.samples, SAMPLE_RATE))
-        session.end_audio()
-        total, done = session.total_frames, 0
         size = (self.config.height * self.config.output_scale, self.config.width * self.config.output_scale)
-        with VideoWriter(output, size, FPS, audio=(sound.original, sound.original_rate)) as writer:
-            progress(0, total)
-            for frames in session.frames():
-                with stage("write"):
-                    writer.write(frames)
-                done += len(frames)
-                progress(done, total)
+        facts = self._facts(reference, options) | {"speech": file_hash(Path(speech)), "seconds": seconds}
+        write_video(session, sound, output, size, facts, resume=resume, fragmented=fragmented, progress=progress)
         return output
+
+    def _facts(self, reference: Reference, options: Mapping[str, Any]) -> dict[str, Any]:
+        """All that the frames of a request follow from, besides its speech."""
+        usual = {"seed": 0, "prompt": ""}
+        plain = {k: v for k, v in options.items() if k not in ("scene", "use_cache", "queue_seconds", "overlap")}
+        facts: dict[str, Any] = {k: v for k, v in plain.items() if v is not None and v != usual.get(k)}
+        scene = options.get("scene")
+        if isinstance(scene, np.ndarray):
+            facts["scene"] = hashlib.sha256(scene.tobytes()).hexdigest()
+        elif scene is not None:
+            facts["scene"] = file_hash(Path(scene))
+        config = hashlib.sha256(self.config.to_json().encode()).hexdigest()
+        return facts | {
+            "reference": reference.content, "weights": self.bundle.weights_hash, "config": config,
+            "dtype": str(self.dtype), "device": self.device.type, "torch": torch.__version__,
+        }  # fmt: skip
 
 
 def _fit(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -216,13 +272,3 @@ def _fit(image: np.ndarray, height: int, width: int) -> np.ndarray:
     top, left = (h - ch) // 2, (w - cw) // 2
     cut = np.ascontiguousarray(image[top : top + ch, left : left + cw])
     return cv2.resize(cut, (width, height), interpolation=cv2.INTER_AREA if scale > 1 else cv2.INTER_CUBIC)
-
-
-def _cut(speech: Speech, seconds: float) -> Speech:
-    if not seconds > 0:
-        raise InputError(f"seconds: expected more than 0, got {seconds}")
-    return dataclasses.replace(
-        speech,
-        samples=speech.samples[: round(seconds * SAMPLE_RATE)],
-        original=speech.original[: round(seconds * speech.original_rate)],
-    )

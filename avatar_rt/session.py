@@ -20,27 +20,12 @@ from avatar_rt.models.speech import SpeechEncoder
 from avatar_rt.models.vae import VideoVAE
 from avatar_rt.pipeline.decode import decode_chunk
 from avatar_rt.pipeline.denoise import ChunkState, Conditions, Scene, denoise_chunk
-from avatar_rt.pipeline.reference import ReferenceCache, ReferenceContext, encode_reference, pack_cache
+from avatar_rt.pipeline.reference import ReferenceCache, encode_reference, pack_cache
 from avatar_rt.pipeline.schedule import make_schedule
+from avatar_rt.prepared import Reference
 from avatar_rt.runtime.stream import Head, Made, Span, Stream
 from avatar_rt.runtime.trace import stage
 from avatar_rt.runtime.turns import Turns
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A prepared person: context (level 1), K/V of every block (level 2), and the clip's own scene.
-
-    Attributes:
-        frames: uint8 [F, height, width, 3] the face-centred crops that were encoded.
-        weights_hash: The weights that the cache belongs to.
-    """
-
-    context: ReferenceContext
-    cache: ReferenceCache
-    scene: Scene
-    frames: np.ndarray
-    weights_hash: str
 
 
 class Models(Protocol):

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from media_files import clicks, delay, write_sound, write_wav
 
-from avatar_rt.media.audio import _k_filters, loudness, normalise_loudness, read_audio
+from avatar_rt.errors import InputError
+from avatar_rt.media.audio import LoudnessMeter, _k_filters, _k_weight, loudness, normalise_loudness, read_audio
+from avatar_rt.media.stream import SpeechFile
 
 TRUTH = clicks(1.5, 16_000)[:, 0]
 
@@ -88,3 +90,45 @@ def test_silence_and_hiss_stay_quiet():
     assert normalise_loudness(np.zeros(0, np.float32), 16_000).shape == (0,)
     hiss = 1e-4 * np.random.default_rng(0).standard_normal(16_000).astype(np.float32)
     assert np.abs(normalise_loudness(hiss, 16_000)).max() <= 100.1 * np.abs(hiss).max()
+
+
+@pytest.mark.parametrize("rate", [16_000, 11_025])
+def test_loudness_does_not_depend_on_the_pieces(rate):
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal(23 * rate + 77) * np.repeat(rng.uniform(0, 0.3, 24), rate)[: 23 * rate + 77]
+    whole = loudness(x, rate)
+    meter, at = LoudnessMeter(rate), 0
+    while at < len(x):
+        size = int(rng.integers(1, 3 * rate))
+        meter.add(x[at : at + size])
+        at += size
+    assert meter.lufs == whole
+    # One FFT over all of it, which is what the meter does in pieces.
+    y = _k_weight(x, rate)
+    hop = round(0.1 * rate)
+    power = np.array([np.mean(y[i : i + 4 * hop] ** 2) for i in range(0, len(x) - 4 * hop + 1, hop)])
+    level = -0.691 + 10 * np.log10(power)
+    kept = power[level > -70]
+    kept = kept[-0.691 + 10 * np.log10(kept) > -0.691 + 10 * np.log10(kept.mean()) - 10]
+    assert whole == pytest.approx(-0.691 + 10 * np.log10(kept.mean()), abs=1e-9)
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(16_000, 1), (44_100, 2), (8_000, 1)])
+@pytest.mark.parametrize("seconds", [None, 10.7, 0.4])
+def test_a_file_in_pieces_is_the_whole_file(tmp_path, rate, channels, seconds):
+    path = write_wav(tmp_path / "s.wav", clicks(21.3, rate, channels), rate)
+    whole, file = read_audio(path), SpeechFile(path, seconds=seconds)
+    samples = whole.samples if seconds is None else whole.samples[: round(seconds * 16_000)]
+    original = whole.original if seconds is None else whole.original[: round(seconds * rate)]
+    heard, own = zip(*file.pieces(), strict=True)
+    assert len(heard) == {None: 3, 10.7: 2, 0.4: 1}[seconds]
+    assert file.num_samples == len(samples) and (file.rate, file.channels) == (rate, channels)
+    assert np.array_equal(np.concatenate(heard), normalise_loudness(samples, 16_000))
+    assert np.array_equal(np.concatenate(own), original)
+
+
+def test_a_file_in_pieces_is_checked(tmp_path):
+    with pytest.raises(InputError, match="seconds: expected more than 0, got -1"):
+        SpeechFile(tmp_path / "s.wav", seconds=-1)
+    with pytest.raises(InputError, match=r"at least 0.2 s of sound, got 0\.100 s"):
+        SpeechFile(write_wav(tmp_path / "s.wav", clicks(0.1, 16_000), 16_000))

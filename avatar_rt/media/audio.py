@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import soxr
@@ -73,46 +75,53 @@ def read_audio(
     return Speech(to_mono(original, rate, sample_rate), sample_rate, original, rate, str(path))
 
 
-def decode_audio(
+def iter_audio(
     container: InputContainer, path: str | os.PathLike[str], *, max_seconds: float | None = None
-) -> tuple[np.ndarray, int, float]:
-    """The first sound stream of an open file: (float32 [S, channels], rate, time of the first sample in seconds).
+) -> Iterator[tuple[np.ndarray, int, float]]:
+    """The first sound stream of an open file, block by block: (float32 [S, channels], rate, time of the file's start).
 
-    Holes in the time stamps are filled with silence; S may be 0. Raises InputError when the file has no sound stream,
-    or one that is damaged or not finite.
+    Holes in the time stamps are filled with silence. Raises InputError when the file has no sound stream, or one that
+    is damaged, changes on the way or is not finite.
     """
     if not container.streams.audio:
         raise InputError(f"{path}: expected a sound file, got a file with no sound in it")
     stream = container.streams.audio[0]
     rate = stream.codec_context.sample_rate
     convert = AudioResampler(format="flt")  # packed float at the stream's own rate and layout
-    parts: list[np.ndarray] = []
-    start, length = 0.0, 0
+    start, length, width = 0.0, 0, 0
     limit = None if max_seconds is None else round(max_seconds * rate)
     for frame in decode(container, stream, path):
         if frame.sample_rate != rate:
             raise InputError(f"{path}: expected one sample rate throughout, got {rate} and then {frame.sample_rate} Hz")
         time, channels = frame.time, frame.layout.nb_channels
         block = np.concatenate([f.to_ndarray().reshape(-1, channels) for f in convert.resample(frame)])
-        if not parts:
-            start = time or 0.0
-        elif channels != parts[0].shape[1]:
-            raise InputError(f"{path}: expected {parts[0].shape[1]} channels throughout, got {channels} later on")
+        if not width:
+            start, width = time or 0.0, channels
+        elif channels != width:
+            raise InputError(f"{path}: expected {width} channels throughout, got {channels} later on")
+        if not np.isfinite(block).all():
+            bad = int((~np.isfinite(block)).sum())
+            raise InputError(f"{path}: expected finite samples, got {bad} that are NaN or infinite in one block")
         hole = 0 if time is None else round((time - start) * rate) - length
-        if parts and hole > _GAP_SECONDS * rate:
-            if limit is not None:
-                hole = min(hole, limit - length)
-            parts.append(np.zeros((hole, channels), np.float32))
-            length += hole
-        parts.append(block)
-        length += len(block)
-        if limit is not None and length >= limit:
-            break
-    samples = np.concatenate(parts)[:limit] if parts else np.zeros((0, 1), np.float32)
-    if not np.isfinite(samples).all():
-        bad = int((~np.isfinite(samples)).sum())
-        raise InputError(f"{path}: expected finite samples, got {bad} that are NaN or infinite")
-    return samples, rate, start
+        if not length or hole <= _GAP_SECONDS * rate:
+            hole = 0
+        silence = (np.zeros((min(rate, hole - at), channels), np.float32) for at in range(0, hole, rate))
+        for piece in chain(silence, [block]):  # a long hole comes in pieces too
+            piece = piece if limit is None else piece[: limit - length]
+            length += len(piece)
+            yield piece, rate, start
+            if limit is not None and length >= limit:
+                return
+
+
+def decode_audio(
+    container: InputContainer, path: str | os.PathLike[str], *, max_seconds: float | None = None
+) -> tuple[np.ndarray, int, float]:
+    """All of ``iter_audio`` in one piece: (float32 [S, channels], rate, time of the first sample); S may be 0."""
+    found = list(iter_audio(container, path, max_seconds=max_seconds))
+    if not found:
+        return np.zeros((0, 1), np.float32), container.streams.audio[0].codec_context.sample_rate, 0.0
+    return np.concatenate([block for block, _, _ in found]), *found[0][1:]
 
 
 def to_mono(samples: np.ndarray, rate: int, target_rate: int = SAMPLE_RATE) -> np.ndarray:
@@ -121,21 +130,72 @@ def to_mono(samples: np.ndarray, rate: int, target_rate: int = SAMPLE_RATE) -> n
     return mono if rate == target_rate else soxr.resample(mono, rate, target_rate, quality="VHQ").astype(np.float32)
 
 
+class LoudnessMeter:
+    """Integrated loudness of a mono sound that comes in pieces; the same bits however it is cut.
+
+    Keeps one number per 0.1 s: an hour takes 0.3 MB.
+    """
+
+    def __init__(self, rate: int) -> None:
+        self.hop = round(0.1 * rate)
+        self._tail = rate // 2  # the K filter's ring has died away after half a second, to the last bit of a double
+        self._step = 100 * self.hop  # samples filtered at once
+        self._response = _k_response(rate, _fft_length(self._tail + self._step))
+        self._past = np.zeros(self._tail)
+        self._waiting: list[np.ndarray] = []
+        self._count = 0
+        self._hops: list[np.ndarray] = []
+
+    def add(self, samples: np.ndarray) -> None:
+        """Appends mono samples [S]."""
+        self._waiting.append(np.asarray(samples, np.float64))
+        self._count += len(samples)
+        if self._count >= self._step:
+            x = np.concatenate(self._waiting)
+            whole = len(x) - len(x) % self._step
+            for start in range(0, whole, self._step):
+                self._past, y = self._filter(self._past, x[start : start + self._step])
+                self._hops.append(np.square(y).reshape(-1, self.hop).sum(1))
+            self._waiting, self._count = [x[whole:]], len(x) - whole
+
+    def _filter(self, past: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Overlap-save: what the samples become, given the half second before them; and the next half second."""
+        whole = np.concatenate([past, x])
+        n = 2 * (len(self._response) - 1)
+        y = np.fft.irfft(np.fft.rfft(whole, n) * self._response, n)
+        return whole[-self._tail :], y[self._tail : len(whole)]
+
+    @property
+    def lufs(self) -> float:
+        """Loudness of all that came so far; -inf for silence. A sound under 0.4 s is one block, ungated by others."""
+        rest = np.concatenate([*self._waiting, np.zeros(0)])
+        rest = np.square(self._filter(self._past, rest)[1]) if len(rest) else rest
+        whole = len(rest) - len(rest) % self.hop
+        hops = np.concatenate([*self._hops, rest[:whole].reshape(-1, self.hop).sum(1)])
+        if len(hops) < 4:
+            length = len(hops) * self.hop + len(rest) - whole
+            power = np.array([(hops.sum() + rest[whole:].sum()) / length]) if length else np.zeros(0)
+        else:
+            power = (hops[:-3] + hops[1:-2] + hops[2:-1] + hops[3:]) / (4 * self.hop)
+        kept = power[_lufs(power) > -70.0]
+        if not len(kept):
+            return -np.inf
+        return float(_lufs(kept[_lufs(kept) > _lufs(kept.mean()) - 10.0].mean()))
+
+
 def loudness(samples: np.ndarray, rate: int) -> float:
     """Integrated loudness of a mono sound in LUFS; -inf for silence. A sound under 0.4 s is one block, ungated."""
-    x = np.asarray(samples, np.float64)
+    x = np.asarray(samples)
     if x.ndim != 1:
         raise InputError(f"samples: expected mono [S], got shape {list(x.shape)}")
-    if not len(x) or not np.any(x):
-        return -np.inf
-    energy = np.concatenate([[0.0], np.cumsum(_k_weight(x, rate) ** 2)])
-    block, hop = round(0.4 * rate), round(0.1 * rate)
-    starts = np.arange(0, max(len(x) - block, 0) + 1, hop)
-    power = (energy[np.minimum(starts + block, len(x))] - energy[starts]) / min(block, len(x))
-    kept = power[_lufs(power) > -70.0]
-    if not len(kept):
-        return -np.inf
-    return float(_lufs(kept[_lufs(kept) > _lufs(kept.mean()) - 10.0].mean()))
+    meter = LoudnessMeter(rate)
+    meter.add(x)
+    return meter.lufs
+
+
+def loudness_gain(measured: float, target: float = TARGET_LUFS) -> float:
+    """Factor that brings a sound of so many LUFS to ``target``; 1 for silence, and never more than 40 dB."""
+    return 10 ** (min(target - measured, _MAX_GAIN_DB) / 20) if np.isfinite(measured) else 1.0
 
 
 def normalise_loudness(samples: np.ndarray, rate: int, target: float = TARGET_LUFS) -> np.ndarray:
@@ -151,11 +211,8 @@ def normalise_loudness(samples: np.ndarray, rate: int, target: float = TARGET_LU
 
     Returns: float32 [S].
     """
-    measured = loudness(samples, rate)
-    if not np.isfinite(measured):
-        return np.asarray(samples, np.float32).copy()
-    gain = min(target - measured, _MAX_GAIN_DB)
-    return (np.asarray(samples, np.float64) * 10 ** (gain / 20)).astype(np.float32)
+    gain = loudness_gain(loudness(samples, rate), target)
+    return (np.asarray(samples, np.float64) * gain).astype(np.float32)
 
 
 class LiveLoudness:
@@ -218,13 +275,31 @@ def _lufs(power: np.ndarray | float) -> np.ndarray:
 
 
 def _k_weight(x: np.ndarray, rate: int) -> np.ndarray:
-    """The K filter (a high shelf, then a high pass) in the frequency domain; half a second of zeros takes its tail."""
+    """A whole sound through the K filter; half a second of zeros takes its tail."""
     n = len(x) + rate // 2
+    return np.fft.irfft(np.fft.rfft(x, n) * _k_response(rate, n), n)[: len(x)]
+
+
+def _k_response(rate: int, n: int) -> np.ndarray:
+    """The K filter (a high shelf, then a high pass) at the frequencies of a real FFT of length ``n``."""
     z = np.exp(-2j * np.pi * np.fft.rfftfreq(n))
     response = np.ones_like(z)
     for b, a in _k_filters(rate):
         response *= (b[0] + b[1] * z + b[2] * z * z) / (a[0] + a[1] * z + a[2] * z * z)
-    return np.fft.irfft(np.fft.rfft(x, n) * response, n)[: len(x)]
+    return response
+
+
+def _fft_length(least: int) -> int:
+    """The next even number with no factor over 5, for which an FFT is quick."""
+    n = least + least % 2
+    while True:
+        rest = n
+        for factor in (2, 3, 5):
+            while rest % factor == 0:
+                rest //= factor
+        if rest == 1:
+            return n
+        n += 2
 
 
 def _k_filters(rate: int) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:

@@ -13,6 +13,8 @@ from types import TracebackType
 import av
 import numpy as np
 import soxr
+from av import VideoStream
+from av.container import OutputContainer
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 
 from avatar_rt.config import FPS
@@ -21,8 +23,8 @@ from avatar_rt.errors import InputError
 EXTENSIONS = (".mp4", ".mov", ".mkv")
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 _AAC_BLOCK = 1024
-# Two encoder threads: x264's result depends on their number, so it must not follow the machine.
-_X264 = {"crf": "16", "preset": "medium", "threads": "2"}
+# One encoder thread: with two, one file in some hundred comes out with other bytes.
+_X264 = {"crf": "16", "preset": "medium", "threads": "1"}
 
 
 def check_output(path: str | os.PathLike[str], extensions: tuple[str, ...] = EXTENSIONS) -> Path:
@@ -70,18 +72,12 @@ class VideoWriter:
         audio: tuple[np.ndarray, int] | None = None,
     ) -> None:
         self.path = check_output(path)
-        self.size = size
-        height, width = size
-        if height < 2 or width < 2 or height % 2 or width % 2:
-            raise InputError(f"size: expected an even height and width, got {height}x{width}")
+        self.size = check_size(size)
         self.fps = Fraction(fps).limit_denominator(1001)
         self.num_frames = 0
-        self._sound: np.ndarray | None = None  # [1 or 2, S]
-        self._rate = 0
-        if audio is not None:
-            self._sound, self._rate = _prepare_sound(*audio)
-        self._sent = 0
-        self._container: av.container.OutputContainer | None = None
+        self._given = None if audio is None else (_check_sound(audio[0]), audio[1])
+        self._sound: SoundTrack | None = None
+        self._container: OutputContainer | None = None
 
     def __enter__(self) -> VideoWriter:
         # The temporary name keeps the extension, by which the container format is chosen.
@@ -97,19 +93,12 @@ class VideoWriter:
 
     def write(self, frames: np.ndarray) -> None:
         """Append frames: uint8 [n, H, W, 3] or [H, W, 3] RGB of the writer's size."""
-        frames = frames[None] if frames.ndim == 3 else frames
-        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (*self.size, 3):
-            expected = f"uint8 [n, {self.size[0]}, {self.size[1]}, 3]"
-            raise InputError(f"frames: expected {expected}, got {frames.dtype} {list(frames.shape)}")
+        frames = check_frames(frames[None] if frames.ndim == 3 else frames, self.size)
         for rgb in frames:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24").reformat(
-                format="yuv420p", dst_colorspace=Colorspace.ITU709, threads=1,
-                interpolation=Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP,
-            )  # fmt: skip
-            frame.pts, frame.time_base = self.num_frames, 1 / self.fps
-            self._mux(self._video.encode(frame))
+            self._mux(self._video.encode(to_picture(rgb, self.num_frames, self.fps)))
             self.num_frames += 1
-            self._write_sound()
+            if self._sound is not None:
+                self._mux(self._sound.encode(self.num_frames / self.fps))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -125,30 +114,11 @@ class VideoWriter:
     def _open(self) -> None:
         # bitexact: no random identifiers and no dates in the file.
         self._container = av.open(f"file:{self._part}", "w", container_options={"fflags": "+bitexact"})
-        video = self._video = self._container.add_stream("libx264", rate=self.fps, options=dict(_X264))
-        video.height, video.width = self.size
-        video.pix_fmt = "yuv420p"
-        context = video.codec_context
-        context.time_base = 1 / self.fps
-        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
-        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        if self._sound is not None:
-            layout = "mono" if self._sound.shape[0] == 1 else "stereo"
-            self._audio = self._container.add_stream("aac", rate=self._rate, layout=layout)
-            self._audio.bit_rate = 96_000 * self._sound.shape[0]
-
-    def _write_sound(self, *, last: bool = False) -> None:
-        """Encode the sound up to the end of the video so far, in whole blocks except at the very end."""
-        if self._sound is None:
-            return
-        due = min(math.ceil(self.num_frames * self._rate / self.fps), self._sound.shape[1])
-        while self._sent + (1 if last else _AAC_BLOCK) <= due:
-            block = np.ascontiguousarray(self._sound[:, self._sent : min(self._sent + _AAC_BLOCK, due)])
-            layout = "mono" if block.shape[0] == 1 else "stereo"
-            frame = av.AudioFrame.from_ndarray(block, format="fltp", layout=layout)
-            frame.sample_rate, frame.pts, frame.time_base = self._rate, self._sent, Fraction(1, self._rate)
-            self._mux(self._audio.encode(frame))
-            self._sent += block.shape[1]
+        self._video = add_video(self._container, self.size, self.fps, _X264)
+        if self._given is not None:
+            samples, rate = self._given
+            self._sound = SoundTrack(self._container, samples.shape[1], rate)
+            self._sound.add(samples, last=True)
 
     def _mux(self, packets: list[av.Packet]) -> None:
         assert self._container is not None, "write is for the inside of the with block"
@@ -160,17 +130,13 @@ class VideoWriter:
     def _finish(self) -> None:
         if not self.num_frames:
             raise InputError(f"{self.path}: expected at least one frame to write, got none")
-        self._write_sound(last=True)
-        self._mux(self._video.encode())
         if self._sound is not None:
-            self._mux(self._audio.encode())
+            self._mux(self._sound.encode(self.num_frames / self.fps, last=True))
+        self._mux(self._video.encode())
         assert self._container is not None
         self._container.close()
         self._container = None
-        umask = os.umask(0)
-        os.umask(umask)
-        self._part.chmod(0o666 & ~umask)  # mkstemp's files are for the owner only
-        self._part.replace(self.path)
+        publish(self._part, self.path)
 
     def _discard(self) -> None:
         """Close what is open and remove the temporary file, if it is still there."""
@@ -181,16 +147,101 @@ class VideoWriter:
         self._part.unlink(missing_ok=True)
 
 
-def _prepare_sound(samples: np.ndarray, rate: int) -> tuple[np.ndarray, int]:
-    """float32 [S] or [S, channels] -> ([1 or 2, S'], a rate that AAC knows). More than two channels become mono."""
+def publish(part: Path, path: Path) -> None:
+    """Puts a finished temporary file in its place, with the permissions of any new file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    part.chmod(0o666 & ~umask)  # mkstemp's files are for the owner only
+    part.replace(path)
+
+
+# ---- what every video file here is made of ---------------------------------------------------------------------------
+
+
+def check_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Raises InputError unless (height, width) are even."""
+    height, width = size
+    if height < 2 or width < 2 or height % 2 or width % 2:
+        raise InputError(f"size: expected an even height and width, got {height}x{width}")
+    return size
+
+
+def check_frames(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Raises InputError unless frames are uint8 [n, H, W, 3] of the size."""
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (*size, 3):
+        expected = f"uint8 [n, {size[0]}, {size[1]}, 3]"
+        raise InputError(f"frames: expected {expected}, got {frames.dtype} {list(frames.shape)}")
+    return frames
+
+
+def add_video(container: OutputContainer, size: tuple[int, int], fps: Fraction, options: dict[str, str]) -> VideoStream:
+    """An h264 stream in BT.709 colours for pictures of the size."""
+    video = container.add_stream("libx264", rate=fps, options=dict(options))
+    video.height, video.width = size
+    video.pix_fmt = "yuv420p"
+    context = video.codec_context
+    context.time_base = 1 / fps
+    context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+    context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+    return video
+
+
+def to_picture(rgb: np.ndarray, index: int, fps: Fraction) -> av.VideoFrame:
+    """uint8 [H, W, 3] RGB as the encoder takes it, shown at ``index`` / ``fps``."""
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24").reformat(
+        format="yuv420p", dst_colorspace=Colorspace.ITU709, threads=1,
+        interpolation=Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP,
+    )  # fmt: skip
+    frame.pts, frame.time_base = index, 1 / fps
+    return frame
+
+
+class SoundTrack:
+    """An aac stream of a container, fed with sound of any rate in pieces; the same packets however it is cut.
+
+    Args:
+        channels: Of the sound; more than two become mono.
+        rate: Of the sound; one that aac does not know becomes 48 kHz.
+    """
+
+    def __init__(self, container: OutputContainer, channels: int, rate: int) -> None:
+        self.channels = channels if channels <= 2 else 1
+        self.rate, self._resample = rate, None
+        if rate not in _AAC_RATES:
+            self.rate, self._resample = 48_000, soxr.ResampleStream(rate, 48_000, self.channels, "float32", "VHQ")
+        self._layout = "mono" if self.channels == 1 else "stereo"
+        self.stream = container.add_stream("aac", rate=self.rate, layout=self._layout)
+        self.stream.bit_rate = 96_000 * self.channels
+        self._waiting = np.zeros((0, self.channels), np.float32)
+        self._sent = 0
+
+    def add(self, samples: np.ndarray, *, last: bool = False) -> None:
+        """Appends float32 [S, channels] at the given rate."""
+        sound = samples.mean(axis=1, keepdims=True) if samples.shape[1] > 2 else samples
+        if self._resample is not None:
+            sound = self._resample.resample_chunk(np.ascontiguousarray(sound), last=last).reshape(-1, self.channels)
+        self._waiting = np.concatenate([self._waiting, sound])
+
+    def encode(self, seconds: Fraction | float, *, last: bool = False) -> list[av.Packet]:
+        """Packets of the sound up to a time, in whole blocks; ``last``: the rest up to there, and nothing follows."""
+        due = min(math.ceil(seconds * self.rate) - self._sent, len(self._waiting))
+        packets, at = [], 0
+        while at + (1 if last else _AAC_BLOCK) <= due:
+            block = np.ascontiguousarray(self._waiting[at : min(at + _AAC_BLOCK, due)].T)
+            frame = av.AudioFrame.from_ndarray(block, format="fltp", layout=self._layout)
+            frame.sample_rate, frame.pts, frame.time_base = self.rate, self._sent + at, Fraction(1, self.rate)
+            packets += self.stream.encode(frame)
+            at += block.shape[1]
+        self._waiting, self._sent = self._waiting[at:], self._sent + at
+        return packets + (self.stream.encode() if last else [])
+
+
+def _check_sound(samples: np.ndarray) -> np.ndarray:
+    """float32 [S] or [S, channels] -> [S, channels]. Raises InputError on another shape or samples not finite."""
     sound = np.asarray(samples, np.float32)
     sound = sound[:, None] if sound.ndim == 1 else sound
     if sound.ndim != 2 or not sound.shape[0] or not 1 <= sound.shape[1] <= 64:
         raise InputError(f"audio: expected [S] or [S, channels] with S > 0, got {list(np.shape(samples))}")
     if not np.isfinite(sound).all():
         raise InputError("audio: expected finite samples, got NaN or infinity")
-    if sound.shape[1] > 2:
-        sound = sound.mean(axis=1, keepdims=True)
-    if rate not in _AAC_RATES:
-        sound, rate = soxr.resample(sound, rate, 48_000, quality="VHQ").reshape(-1, sound.shape[1]), 48_000
-    return np.ascontiguousarray(sound.T, np.float32), rate
+    return sound

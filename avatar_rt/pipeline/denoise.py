@@ -14,7 +14,7 @@ from avatar_rt import ops
 from avatar_rt.config import AvatarConfig
 from avatar_rt.models.dit import VideoRefDiT, with_masks
 from avatar_rt.pipeline.reference import ReferenceCache
-from avatar_rt.pipeline.schedule import ChunkPlan, Schedule
+from avatar_rt.pipeline.schedule import ChunkPlan, Schedule, level
 from avatar_rt.runtime.trace import stage
 
 
@@ -28,11 +28,15 @@ class Scene:
 
 @dataclass(frozen=True)
 class ChunkState:
-    """All that a chunk hands to the next: the anchor, the last latents and their motion. None before the first."""
+    """All that a chunk hands to the next: the anchor, the last latents, their motion, the level of the first chunk.
+
+    None before the first.
+    """
 
     anchor: Tensor | None = None
     latents: Tensor | None = None
     motion: Tensor | None = None
+    level: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -113,10 +117,14 @@ def denoise_chunk(
         z = torch.cat([z[:, :, :n], ops.flow_step(z[:, :, n:], v[:, :, n:], t, t_next)], dim=2)
         if motion is not None and vm is not None:
             motion = torch.cat([motion[:, :n], ops.flow_step(motion[:, n:], vm[:, n:], t, t_next)], dim=1)
+    if state.level is not None:
+        z = torch.cat([z[:, :, :n], z[:, :, n:] + cfg.chunk.steady * (state.level - level(z[:, :, n:], scene.kept))], 2)
     keep = cfg.chunk.overlap
     chunk = LatentChunk(z[:, :, n:], None if motion is None else motion[:, n:], plan.start + n)
     return chunk, ChunkState(
         anchor=z[:, :, :1] if state.anchor is None else state.anchor,
         latents=z[:, :, z.shape[2] - keep :],
         motion=None if motion is None else motion[:, motion.shape[1] - keep :],
+        # The first latent holds one frame and looks unlike the others.
+        level=state.level if state.level is not None else level(z[:, :, min(1, z.shape[2] - 1) :], scene.kept),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from avatar_rt.models.motion import MotionEncoder, group_motion
 from avatar_rt.models.speech import SpeechEncoder
 from avatar_rt.models.vae import VideoVAE
 from avatar_rt.ops import PackedReference, pack_reference
+from avatar_rt.runtime.offload import Prefetched, copies_for, to_host
 from avatar_rt.runtime.trace import stage
 
 
@@ -42,12 +44,13 @@ class ReferenceCache:
 
     Attributes:
         k, v: [layers, 1, R, N, D] each.
-        packed: The same, per block, as this machine's attention kernel reads them; None when not packed.
+        packed: The same, per block, as this machine's attention kernel reads them; None when not packed. With ``k`` and
+            ``v`` offloaded these are all that is left of them.
     """
 
     k: Tensor
     v: Tensor
-    packed: tuple[PackedReference, ...] | None = None
+    packed: Sequence[PackedReference] | None = None
 
 
 def to_video(frames: np.ndarray) -> Tensor:
@@ -105,7 +108,17 @@ def read_motion(video: Tensor, motion: MotionEncoder) -> Tensor:
 @stage("reference.cache")
 def pack_cache(cache: ReferenceCache) -> ReferenceCache:
     """The cache with its packed form, made once per request: the same bits come out of attention."""
+    if cache.packed is not None:
+        return cache
     return replace(cache, packed=tuple(pack_reference(k, v) for k, v in zip(cache.k, cache.v, strict=True)))
+
+
+@stage("reference.offload")
+def offload_cache(cache: ReferenceCache) -> ReferenceCache:
+    """The packed cache on the host, block by block; each block comes to the device while the one before is at work."""
+    device = cache.k.device
+    blocks = [to_host(pack_reference(k, v)) for k, v in zip(cache.k, cache.v, strict=True)]
+    return ReferenceCache(to_host(cache.k), to_host(cache.v), Prefetched(blocks, copies_for(device)))
 
 
 def encode_reference(dit: VideoRefDiT, context: ReferenceContext) -> ReferenceCache:

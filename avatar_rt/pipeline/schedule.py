@@ -78,6 +78,18 @@ class Schedule:
         return torch.stack(rows)
 
 
+def level(latents: Tensor, kept: Tensor) -> Tensor:
+    """What should not creep over a video: [1, C, t, h, w] -> [1, C, 1, h, w].
+
+    Where the scene was kept (``kept`` [1, 1, 1, h, w] is 1), each place's mean over time, for a place stands still;
+    elsewhere, where the head moves, one mean per channel. Chunks are shifted to the first one's level, as adaptive
+    instance normalisation shifts means (arXiv 1703.06868), before they are shown and carried on.
+    """
+    mean, head = latents.mean(2, keepdim=True), 1 - kept
+    share = (mean * head).sum((3, 4), keepdim=True) / head.sum((3, 4), keepdim=True).clamp(min=1)
+    return kept * mean + head * share
+
+
 def make_schedule(sampling: SamplingConfig, chunk: ChunkConfig, seed: int, *, has_text: bool) -> Schedule:
     """Raises InputError on an impossible number of steps."""
     times = flow_times(sampling.steps, sampling.shift)
