@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from avatar_rt.errors import InputError
 from avatar_rt.models.weights import save_weights
+from training.optimiser import learning_rate
 from training.recipe import Recipe
-from training.train import _overrides, learning_rate, main, train
+from training.train import main, train
 
 
 class Toy:
@@ -68,7 +69,7 @@ def test_a_run_may_start_from_parts_or_a_checkpoint(tmp_path: Path) -> None:
     first = train(replace(RECIPE, steps=3, ema=0.0), tmp_path, tmp_path / "a")
     for name, part in first.method.module.named_children():
         save_weights(part, tmp_path / f"{name}.safetensors", dtype=torch.float32)
-    for init in (tmp_path, tmp_path / "a" / "checkpoint.pt"):
+    for init in (tmp_path, tmp_path / "a"):
         again = train(replace(RECIPE, steps=0), tmp_path, tmp_path / "b", init=init)
         for a, b in zip(first.method.module.parameters(), again.method.module.parameters(), strict=True):
             assert torch.equal(a, b)
@@ -94,9 +95,9 @@ def test_rate_warms_up_and_falls() -> None:
 
 
 def test_overrides_are_typed(capsys: pytest.CaptureFixture[str]) -> None:
-    changed = _overrides(RECIPE, ["steps=7", "lr=0.5", "autocast=true"])
+    changed = RECIPE.override(["steps=7", "lr=0.5", "autocast=true"])
     assert (changed.steps, changed.lr, changed.autocast) == (7, 0.5, True)
     with pytest.raises(InputError, match="expected KEY=VALUE"):
-        _overrides(RECIPE, ["colour=blue"])
+        RECIPE.override(["colour=blue"])
     assert main(["--recipe", "nothing", "--corpus", ".", "--out", "."]) == 2
     assert "--recipe nothing" in capsys.readouterr().err
