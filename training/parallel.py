@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -168,6 +169,8 @@ def shard(module: nn.Module, recipe: Recipe, world: World) -> Callable[..., Any]
     policy = MixedPrecisionPolicy(
         param_dtype=getattr(torch, recipe.sharded_dtype), reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    # What a block returns is never changed in place, which is all that this warning is about.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for block in blocks_of(module):
         fully_shard(block, mesh=mesh, mp_policy=policy)
         for name in ways_in(block)[1:]:
