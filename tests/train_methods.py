@@ -71,7 +71,7 @@ def write_table(folder: Path, n: int, latents: int = 9, side: int = 4) -> None:
     table = {
         "latents": torch.randn(n, latents, 16, side, side).half(), "speech": torch.randn(n, frames, 6).half(),
         "scenes": torch.randn(n, 2, 16, side, side).half(), "scene_masks": torch.rand(n, 2, side, side) > 0.5,
-        "motion": torch.rand(n, frames, 62), "facebox": torch.tensor([8.0, 6, 24, 28]).expand(n, frames, 4).contiguous(),
+        "facebox": torch.tensor([8.0, 6, 24, 28]).repeat(n, frames, 1), "motion": torch.rand(n, frames, 62),
         "identity": torch.arange(n) // 2,
     }  # fmt: skip
     save_file(table, str(folder / "latents.safetensors"))

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from avatar_rt.errors import ArtifactError, InputError
 from avatar_rt.models.weights import load_weights
@@ -170,8 +170,13 @@ def _read(folder: Path, state: dict[str, Tensor], **options: Any) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
             dcp.load(state, checkpoint_id=folder / "state", **options)
-    except Exception as e:
-        raise ArtifactError(f"{folder}: cannot be read ({e}); delete it, the one before serves") from None
+    except (Exception, CheckpointException) as e:  # the second is a BaseException
+        raise ArtifactError(f"{folder}: cannot be read ({_cause(e)}); delete it, the one before serves") from None
+
+
+def _cause(error: BaseException) -> str:
+    """The last line: what happened on a rank, without its traceback."""
+    return str(error).strip().rpartition("\n")[2] or type(error).__name__
 
 
 def load_random_state(folder: Path, world: World) -> None:
@@ -232,7 +237,9 @@ def _start_from_checkpoint(module: nn.Module, folder: Path) -> str:
     state = {kind + k: v for k, v in own.items() if kind + k in stored}
     other = [k for k, v in state.items() if tuple(v.shape) != stored[k][0]]
     if other or not state:
-        why = f"{other[0]} is {list(stored[other[0]][0])} there" if other else "no tensor has a name of this module"
+        why = "no tensor has a name of this module"
+        if other:
+            why = f"{other[0].removeprefix(kind)} is {list(stored[other[0]][0])} there"
         raise InputError(f"--init {folder}: expected weights of this module, but {why}")
     _read(folder, state, no_dist=True)
     new = len(own) - len(state)

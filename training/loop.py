@@ -115,7 +115,9 @@ class Run:
         with tempfile.TemporaryDirectory() as nowhere, self.averaged(), torch.no_grad():
             folder = self.out / "validation" if self.world.is_first else Path(nowhere)
             folder.mkdir(exist_ok=True)
-            return self.call(self.method.validate, self.step, folder)
+            # Weights are gathered in the recipe's dtype, so what meets them must be cast as in training.
+            with torch.autocast(self.world.device.type, torch.bfloat16, self.recipe.autocast and self.is_sharded):
+                return self.call(self.method.validate, self.step, folder)
 
     def export(self, corpus: Path) -> None:
         """Has the method write its averaged weights. Sharded ones are put together in a method built anew."""
@@ -283,5 +285,7 @@ def _loop(run: Run, log: Log, until: int | None, minutes: float | None) -> None:
                 raise KeyboardInterrupt(f"stopped at step {run.step} with a checkpoint")
             if run.step % recipe.validate_every == 0 or run.step == recipe.steps:
                 log.validated(run.step, run.samples, run.validate())
+            if late:
+                break
         if run.step < recipe.steps:
             log.say(f"stopped at step {run.step} of {recipe.steps}; --resume continues")
