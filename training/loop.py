@@ -201,7 +201,7 @@ class Stop:
 
 def train(
     recipe: Recipe, corpus: Path, out: Path, *, resume: bool | int | str = False, init: Path | None = None,
-    until: int | None = None, minutes: float | None = None, device: str | None = None,
+    until: int | None = None, minutes: float | None = None,
 ) -> Run:  # fmt: skip
     """Runs a recipe to its end, writing checkpoints, ``metrics.jsonl``, validation pictures and the exported part.
 
@@ -210,11 +210,10 @@ def train(
             step's.
         init: Weights to start from, see ``checkpoint.start_from``.
         until, minutes: Stop with a checkpoint after this step, or after so long.
-        device: "cpu" or "cuda"; None takes a GPU where there is one.
 
     Raises: KeyboardInterrupt on SIGINT or SIGTERM, after a checkpoint. InputError, ArtifactError.
     """
-    world = parallel.start(device)
+    world = parallel.start(recipe.device)
     try:
         out.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(recipe.threads)

@@ -64,16 +64,14 @@ class World:
         return values
 
 
-def start(device: str | None = None) -> World:
-    """Joins the ranks that torchrun started, if it did, and picks this process's device (a GPU where there is one)."""
+def start(device: str = "") -> World:
+    """Joins the ranks that torchrun started, if it did, on ``cpu`` or ``cuda``; "" is a GPU where there is one."""
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda":
         if not torch.cuda.is_available():
-            raise InputError("--device cuda: torch sees no GPU here, use --device cpu")
+            raise InputError("device: expected cpu, torch sees no GPU here, got cuda")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         torch.set_float32_matmul_precision("high")
-    elif kind != "cpu":
-        raise InputError(f"--device: expected cpu or cuda, got {kind!r}")
     place = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
     owned = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
     if owned:

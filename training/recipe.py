@@ -18,6 +18,7 @@ from avatar_rt.config import AvatarConfig, preset
 from avatar_rt.errors import InputError
 
 SCHEDULES = ("cosine", "constant", "wsd")
+DEVICES = ("", "cpu", "cuda")
 SHARDED_DTYPES = ("bfloat16", "float32")
 
 
@@ -78,6 +79,7 @@ class Recipe:
         checkpoint_minutes: A checkpoint after so many minutes without one, too; 0 is off.
         keep_checkpoints: The newest so many are kept.
         eval_before_first_step: Validate before training, too.
+        device: ``cpu`` or ``cuda``; "" is a GPU where there is one.
         threads: Of one process, on a CPU.
     """
 
@@ -110,10 +112,12 @@ class Recipe:
     keep_checkpoints: int = 2
     validate_every: int = 500
     eval_before_first_step: bool = False
+    device: str = ""
     threads: int = 1
 
     def __post_init__(self) -> None:
         _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("device", self.device, DEVICES)
         _one_of("sharded_dtype", self.sharded_dtype, SHARDED_DTYPES)
         for name in ("log_every", "checkpoint_every", "keep_checkpoints", "validate_every", "threads"):
             if getattr(self, name) < 1:
@@ -186,6 +190,11 @@ def common(step: int, seed: int = 0) -> torch.Generator:
     return generator_of(seed, step, 2**31)
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's weights are, and its inputs have to be."""
+    return next(module.parameters()).device
+
+
 def merge(*metrics: Mapping[str, Any]) -> dict[str, Any]:
     """All metrics in one dictionary. Raises InputError where two have the same name."""
     whole: dict[str, Any] = {}
@@ -198,7 +207,7 @@ def merge(*metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Tensors of a tensor, dictionary, tuple or list on ``device``; to a GPU from pinned memory, without waiting."""
+    """The tensors in a dictionary, tuple or list on ``device``; to a GPU from pinned memory, without waiting."""
     if isinstance(batch, Tensor):
         if device.type == "cuda" and batch.device.type == "cpu":
             return batch.pin_memory().to(device, non_blocking=True)

@@ -49,13 +49,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--init", type=Path, help="checkpoint, run, weights or folder of parts to start from")
     parser.add_argument("--until", type=int, metavar="STEP", help="stop there, with a checkpoint")
     parser.add_argument("--minutes", type=float, help="stop after so long, with a checkpoint")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="a GPU where there is one")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one recipe field")
     args = parser.parse_args(argv)
     try:
         train(
             find_recipe(args.recipe).override(args.set), args.corpus, args.out, resume=args.resume or False,
-            init=args.init, until=args.until, minutes=args.minutes, device=args.device,
+            init=args.init, until=args.until, minutes=args.minutes,
         )  # fmt: skip
     except AvatarError as e:
         print(f"error: {e}", file=sys.stderr)

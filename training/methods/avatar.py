@@ -210,7 +210,7 @@ class AvatarMethod:
         t = s.shift * t / (1 + (s.shift - 1) * t)
         values = self.loss(batch, t, g, drop=True)
         del values["plain"]
-        return values
+        return values | {"samples": size}
 
     def validate(self, step: int, out: Path) -> dict[str, float]:
         """Flow loss at fixed times on held-out identities, with every condition, and without speech or reference."""
