@@ -213,7 +213,15 @@ def test_a_run_may_start_from_parts_or_a_checkpoint(tmp_path: Path) -> None:
         train(RECIPE, tmp_path, tmp_path / "d", init=tmp_path / "nowhere")
 
 
-def test_a_grown_module_starts_from_the_smaller_ones_average(tmp_path: Path) -> None:
+def _parts_of(run: Run, folder: Path) -> Path:
+    folder.mkdir()
+    with run.averaged():
+        for name, part in run.method.module.named_children():
+            save_weights(part, folder / f"{name}.safetensors", dtype=torch.float32)
+    return folder
+
+
+def test_a_grown_module_starts_from_the_smaller_ones_average(tmp_path: Path, capsys) -> None:
     class Grown(Toy):
         def __init__(self) -> None:
             super().__init__()
@@ -223,13 +231,23 @@ def test_a_grown_module_starts_from_the_smaller_ones_average(tmp_path: Path) -> 
     grown = train(replace(RECIPE, build=lambda corpus: Grown()), tmp_path, tmp_path / "b", init=tmp_path / "a", until=0)
     assert torch.equal(grown.method.module["out"].weight, first.average.state["out.weight"])
 
+    class Stage(Grown):
+        def adopt(self, state: dict[str, Tensor], source: str) -> list[str]:
+            self.module.load_state_dict(state, strict=False)
+            return ["added.weight", "added.bias"]
+
+    for at, init in (("c", tmp_path / "a"), ("d", _parts_of(first, tmp_path / "parts"))):
+        stage = train(replace(RECIPE, build=lambda corpus: Stage()), tmp_path, tmp_path / at, init=init, until=0)
+        assert torch.equal(stage.method.module["out"].weight, first.average.state["out.weight"])
+    assert capsys.readouterr().out.count("but for 2 tensors that this stage adds") == 2
+
     class Wider(Toy):
         def __init__(self) -> None:
             super().__init__()
             self.module["out"] = nn.Linear(8, 2)
 
     with pytest.raises(InputError, match=r"but out.weight is \[1, 8\] there"):
-        train(replace(RECIPE, build=lambda corpus: Wider()), tmp_path, tmp_path / "c", init=tmp_path / "a", until=0)
+        train(replace(RECIPE, build=lambda corpus: Wider()), tmp_path, tmp_path / "e", init=tmp_path / "a", until=0)
 
 
 # Steps

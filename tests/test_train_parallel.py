@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from train_methods import recipe, write_corpus
 
 from avatar_rt.errors import InputError
-from training import parallel
+from training import checkpoint, parallel
 from training.recipe import Method, Recipe, common
 from training.train import train
 
@@ -60,6 +61,18 @@ class Ragged:
         torch.save(self.module.state_dict(), out / "ragged.pt")
 
 
+class Signalled(Ragged):
+    """The second rank alone is told to stop, in its second step."""
+
+    def __init__(self) -> None:
+        super().__init__(False)
+
+    def step(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        if step == 1 and torch.distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().step(step, generator)
+
+
 def _ragged(sometimes: bool, **fields: object) -> Recipe:
     def build(corpus: Path) -> Method:
         return Ragged(sometimes)
@@ -94,6 +107,10 @@ def _as_two_ranks(folder: Path) -> None:
     whole = parallel.whole_state(run._state(), run.world)
     if run.world.is_first:
         torch.save((whole, run.samples), folder / "parts.pt")
+    try:
+        train(_ragged(False, build=lambda corpus: Signalled()), folder / "corpus", folder / "signalled")
+    except KeyboardInterrupt as e:
+        (folder / f"signalled-{run.world.rank}").write_text(str(e))
     torch.distributed.destroy_process_group()
 
 
@@ -183,6 +200,12 @@ def test_one_rank_takes_up_what_two_sharded_ones_left(two: Path, tmp_path: Path)
     shutil.copytree(two / "two" / "sharded" / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
     run = train(_recipes()["sharded"][0], two / "corpus", tmp_path / "run", resume=True)
     assert run.step == 4 and _apart(run._state(), _state(two, "sharded")[0], "") <= 1e-5
+
+
+def test_a_signal_to_one_rank_stops_all_at_one_step(two: Path) -> None:
+    assert checkpoint.steps_of(two / "signalled") == [2]
+    for rank in range(2):
+        assert (two / f"signalled-{rank}").read_text() == "stopped at step 2 with a checkpoint"
 
 
 def test_batches_that_ranks_cannot_share_are_refused() -> None:

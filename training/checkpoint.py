@@ -22,12 +22,14 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from avatar_rt.errors import ArtifactError, InputError
-from avatar_rt.models.weights import load_weights
+from avatar_rt.models.weights import load_weights, open_checkpoint
 from training.parallel import World
+from training.recipe import Method
 
 FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -204,43 +206,57 @@ def _set_random_state(state: dict[str, str], device: torch.device) -> None:
 # ---- weights to start from -------------------------------------------------------------------------------------------
 
 
-def start_from(module: nn.Module, init: Path) -> str:
+def start_from(method: Method, init: Path) -> str:
     """Weights to start another run from; returns a line that says what they were.
 
+    A method with ``adopt(state, source)`` is given what was found, by the names of its module's state, and returns
+    the names that it did without. Else a checkpoint's tensors must have the module's shapes, and what it lacks keeps
+    its random start.
+
     Args:
-        init: A checkpoint, or a run's folder (its newest checkpoint): the averaged weights, where it keeps them.
-            Tensors that it lacks keep their random start. Or one safetensors file for the whole module, or a folder
-            with one ``<part>.safetensors`` for each child of the module.
+        init: A checkpoint, or a run's folder (its newest checkpoint): the averaged weights, where it keeps them. Or
+            one safetensors file for the whole module, or a folder with one ``<part>.safetensors`` for each child.
 
     Raises: InputError when nothing there fits, ArtifactError when it cannot be read.
     """
+    module = method.module
     if init.is_file():
         load_weights(module, init, dtype=torch.float32)
         return f"weights from {init}"
     folder = init if (init / "metadata.json").is_file() and (init / "state").is_dir() else find(init, "latest")
-    if folder is not None:
-        return _start_from_checkpoint(module, folder)
-    parts = {name: init / f"{name}.safetensors" for name, _ in module.named_children()}
-    absent = [p.name for p in parts.values() if not p.is_file()]
-    if absent:
-        raise InputError(
-            f"--init {init}: expected a checkpoint or {', '.join(parts)}; {', '.join(absent)} is not there"
-        )
-    for name, part in module.named_children():
-        load_weights(part, parts[name], dtype=torch.float32)
-    return f"weights from {', '.join(p.name for p in parts.values())} in {init}"
+    state = _parts(method, init) if folder is None else _weights(folder)
+    if hasattr(method, "adopt"):
+        new = len(method.adopt(state, str(init)))
+        return f"weights from {init}" + (f" but for {new} tensors that this stage adds" if new else "")
+    own = module.state_dict()
+    other = [k for k, v in own.items() if k in state and v.shape != state[k].shape]
+    if other or not own.keys() & state.keys():
+        why = f"{other[0]} is {list(state[other[0]].shape)} there" if other else "no tensor has a name of this module"
+        raise InputError(f"--init {init}: expected weights of this module, but {why}")
+    module.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
+    new = len(own.keys() - state.keys())
+    return f"weights from {init}" + (f", {new} of {len(own)} tensors start anew" if new else "")
 
 
-def _start_from_checkpoint(module: nn.Module, folder: Path) -> str:
-    stored, own = stored_sizes(folder), module.state_dict()
+def _parts(method: Method, folder: Path) -> dict[str, Tensor]:
+    """``<part>.<name>`` from the files of a module's children; which may lack, a method with ``adopt`` says."""
+    names = [name for name, part in method.module.named_children() if part.state_dict()]
+    absent = [f"{name}.safetensors" for name in names if not (folder / f"{name}.safetensors").is_file()]
+    if len(absent) == len(names) or (absent and not hasattr(method, "adopt")):
+        raise InputError(f"--init {folder}: expected a checkpoint or the parts {', '.join(names)}; "
+                         f"{', '.join(absent)} is not there")  # fmt: skip
+    held = {
+        name: load_file(open_checkpoint(folder / f"{name}.safetensors").path)
+        for name in names
+        if f"{name}.safetensors" not in absent
+    }
+    return {f"{name}.{k}": v.float() if v.is_floating_point() else v for name, p in held.items() for k, v in p.items()}
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """A checkpoint's averaged weights, or those of its last step."""
+    stored = stored_sizes(folder)
     kind = "average." if any(k.startswith("average.") for k in stored) else "module."
-    state = {kind + k: v for k, v in own.items() if kind + k in stored}
-    other = [k for k, v in state.items() if tuple(v.shape) != stored[k][0]]
-    if other or not state:
-        why = "no tensor has a name of this module"
-        if other:
-            why = f"{other[0].removeprefix(kind)} is {list(stored[other[0]][0])} there"
-        raise InputError(f"--init {folder}: expected weights of this module, but {why}")
+    state = {k: torch.empty(size, dtype=dtype) for k, (size, dtype) in stored.items() if k.startswith(kind)}
     _read(folder, state, no_dist=True)
-    new = len(own) - len(state)
-    return f"weights from {folder}" + (f", {new} of {len(own)} tensors start anew" if new else "")
+    return {k.removeprefix(kind): v for k, v in state.items()}

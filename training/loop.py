@@ -223,7 +223,11 @@ def train(
         if resume is False and checkpoint.steps_of(out):
             raise InputError(f"{out}: holds checkpoints; add --resume, or take another --out")
         method = recipe.method(corpus)
-        told = [checkpoint.start_from(method.module, init)] if init is not None and folder is None else []
+        if any(p.is_meta for p in method.module.parameters()):
+            raise InputError(
+                f"{recipe.name}: expected a module with weights, got one on the meta device, built to be counted"
+            )
+        told = [checkpoint.start_from(method, init)] if init is not None and folder is None else []
         run = _set_up(recipe, method, out, world)
         if folder is not None:
             told += [f"continues from {folder.name}"] + [f"  with {line}" for line in run.load(folder)]

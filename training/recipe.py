@@ -26,9 +26,12 @@ class Method(Protocol):
     """One training stage: a module, its loss, its measure. The loop knows nothing else about it.
 
     Members that a method may have besides, found by name:
+        steps: Of the whole run; set to the recipe's before the first step.
         to(device): Moves the module and whatever else the step needs; without it, only the module is moved.
         state_dict() / load_state_dict(state): Tensors beyond the module that training changes (an old policy, a
             running statistic), by name; kept in checkpoints.
+        adopt(state, source): Takes up an earlier stage's weights (``--init``), by the names of the module's state, and
+            returns the names that it did without.
         describe(): Plain values (sizes, loss weights, data) for the checkpoint's ``metadata.json``.
     """
 
@@ -127,11 +130,12 @@ class Recipe:
 
     def method(self, corpus: Path) -> Method:
         """Builds the method. Raises InputError when ``overfit`` is asked of a recipe that cannot."""
-        if not self.overfit:
-            return self.build(corpus)
-        if "overfit" not in inspect.signature(self.build).parameters:
+        if self.overfit and "overfit" not in inspect.signature(self.build).parameters:
             raise InputError(f"overfit: recipe {self.name} cannot pin its method to one clip; same_batch can")
-        return self.build(corpus, overfit=True)
+        method = self.build(corpus, overfit=True) if self.overfit else self.build(corpus)
+        if hasattr(method, "steps"):
+            method.steps = self.steps
+        return method
 
     def describe(self) -> dict[str, Any]:
         """All fields as plain values; ``build`` by its name."""
