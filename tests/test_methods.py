@@ -88,7 +88,7 @@ def test_every_recipe_runs_alone(name: str, small: None, tmp_path: Path) -> None
 def test_stages_follow_each_other(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From a checkpoint and from an export; what the earlier stage knew is what the later one starts with."""
     runs = [train(recipe("t2v.t2v", 3), tmp_path, tmp_path / "t2v")]
-    runs.append(train(recipe("a2v.a2v", 0), tmp_path, tmp_path / "a2v", init=tmp_path / "t2v" / "checkpoint.pt"))
+    runs.append(train(recipe("a2v.a2v", 0), tmp_path, tmp_path / "a2v", init=tmp_path / "t2v"))
     train(recipe("personality.personality", 2), tmp_path, tmp_path / "p", init=tmp_path / "a2v")
     assert capsys.readouterr().out.count("tensors that this stage adds") == 2
     with runs[0].averaged():
@@ -147,7 +147,7 @@ def test_a_clip_can_be_learnt_by_heart(small: None, tmp_path: Path) -> None:
             trained = run.method.validate(0, tmp_path)
         assert trained["flow@0.6"] < 0.05 * untrained["flow@0.6"], (name, trained, untrained)
         assert trained["flow@0.9"] < 0.1 * untrained["flow@0.9"], (name, trained, untrained)
-        init = tmp_path / name / "checkpoint.pt"
+        init = tmp_path / name
 
 
 def test_large_recipes_build_on_meta() -> None:

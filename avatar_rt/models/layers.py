@@ -169,6 +169,8 @@ class AudioAttention(Attention):
 class Block(nn.Module):
     """One transformer block: self-attention, text, speech, feed-forward; six-way modulation from time plus a table."""
 
+    ENTRIES = ("reference_kv", "reference")  # called from outside besides forward: who wraps a block wraps these too
+
     def __init__(self, cfg: DiTConfig) -> None:
         super().__init__()
         dim, eps = cfg.dim, cfg.eps

@@ -161,7 +161,7 @@ class SpeechMethod:
         hit = (read["phonemes"].argmax(-1) == phonemes)[phonemes != UNKNOWN]
         return {
             "loss": loss_phonemes + loss_mouth, "phonemes": loss_phonemes, "mouth": loss_mouth,
-            "accuracy": hit.float().mean(),
+            "accuracy": hit.float().mean(), "samples": self.batch,
         }  # fmt: skip
 
     def _read(self, wave: Tensor) -> dict[str, Tensor]:
@@ -237,7 +237,7 @@ class MotionMethod:
         truth[:, 57] += zoom.log()
         error = self.module.read(pictures) - self.module.normalize(truth)
         loss = (F.smooth_l1_loss(error, torch.zeros_like(error), beta=0.3, reduction="none") * self.weights).mean()
-        return {"loss": loss, "jawOpen": error[:, motion_index("jawOpen")].abs().mean()}
+        return {"loss": loss, "jawOpen": error[:, motion_index("jawOpen")].abs().mean(), "samples": self.batch}
 
     def validate(self, step: int, out: Path) -> dict[str, float]:
         """r per reported channel over all held-out frames, as they are and damaged (``_damaged``: jawOpen, blink)."""

@@ -132,12 +132,6 @@ def expected_tokens(buckets: tuple[Bucket, ...], cfg: AvatarConfig) -> float:
     return sum(p * b.tokens(cfg) * b.people * b.windows for p, b in zip(share, buckets, strict=True))
 
 
-def common(step: int, stream: int = 0) -> torch.Generator:
-    """A generator for what all batches of a step have alike, whoever draws them: sizes, and what a rank that shares
-    its weights with others cannot leave out alone."""
-    return torch.Generator().manual_seed((2_654_435_761 * (4 * step + stream) + 97) % 2**63)
-
-
 def kept(
     count: int,
     rates: dict[str, float],

@@ -45,7 +45,7 @@ class IdentityMethod:
         alike = (a @ b.T / TEMPERATURE).masked_fill(same, -1e4)  # a person drawn twice is not another person
         target = torch.arange(len(first))
         loss = (F.cross_entropy(alike, target) + F.cross_entropy(alike.T, target)) / 2
-        return {"loss": loss, "right": (alike.argmax(1) == target).float().mean()}
+        return {"loss": loss, "right": (alike.argmax(1) == target).float().mean(), "samples": len(faces)}
 
     @torch.no_grad()
     def validate(self, step: int, out: Path) -> dict[str, float]:

@@ -23,6 +23,7 @@ from avatar_rt.models.weights import save_weights
 from training.methods import flow
 from training.methods.flow import Bucket
 from training.methods.windows import Batch, Drawer
+from training.recipe import common
 
 ADDITIONS = {
     "anchor": ("anchor_embedding",),
@@ -152,7 +153,7 @@ class FlowMethod:
 
     def batch(self, step: int, g: torch.Generator) -> tuple[Batch, Bucket]:
         """A step's batch; its sizes and its kind follow from the step alone."""
-        alike = flow.common(step)
+        alike = common(step)
         bucket = flow.draw_bucket(self.settings.buckets, step / max(self.steps, 1), alike)
         return self.draw(self.pool("train"), g, bucket, self.kind(alike), alike), bucket
 
@@ -172,9 +173,7 @@ class FlowMethod:
         rates, all_rate = self.rates(), s.drop_all
         if step is None:  # what is never there is not there when it is measured either
             rates, all_rate = {name: float(rate >= 1) for name, rate in rates.items()}, 0.0
-        drawn = flow.kept(
-            len(b.x), rates, all_rate, g, flow.common(step or 0, 1), apart=self.apart, at_once=self.at_once
-        )
+        drawn = flow.kept(len(b.x), rates, all_rate, g, common(step or 0, 1), apart=self.apart, at_once=self.at_once)
         keep = {name: k.to(device) for name, k in drawn.items()}
         b, text = b.to(device), self.context(b.clip, keep["text"])
         t_frames = t.to(device)[:, None].expand(b.given.shape).masked_fill(b.given, 0.0)

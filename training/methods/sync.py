@@ -7,7 +7,6 @@ the closure begins: so the sound is moved by exactly that lead, and offset 0 mea
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from avatar_rt.media.face import SMOOTH_PLACE, SMOOTH_SIZE
 from avatar_rt.media.mouth import cut_squares, mouth_squares
 from avatar_rt.models.speech import MOUTH_COEFFICIENTS
 from avatar_rt.models.sync import PIXELS, SyncNetwork
+from training.checkpoint import commit
 from training.methods import augment
 from training.methods.augment import draw
 from training.methods.encoders import mouth_targets, save_part, spread, to_wave
@@ -209,7 +209,7 @@ class SyncMethod:
         right = losses.pop("right")
         losses["picture"] = self._mouth_loss(self.module.picture_mouth(picture), seen)
         losses["sound"] = self._mouth_loss(self.module.sound_mouth(sound), heard)
-        return {"loss": sum(losses.values()), "right": right, **losses}
+        return {"loss": sum(losses.values()), "right": right, "samples": self.batch, **losses}
 
     def _mouth_loss(self, read: Tensor, truth: Tensor) -> Tensor:
         error = read.float() - (truth - self.module.mean) / self.module.std
@@ -278,9 +278,3 @@ def told(corpus: Any) -> dict[str, Any]:
     """What a corpus is, for the card."""
     voices = sorted({str(m["voice"]).split(":")[0] for m in corpus.meta})
     return {"rendered clips": len(corpus), "people": len(set(corpus.identity.tolist())), "voices": voices}
-
-
-def commit() -> str:
-    """The checkout's commit, or "" outside of one."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip()

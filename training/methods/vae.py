@@ -18,6 +18,7 @@ from avatar_rt.models.vae import VideoVAE
 from avatar_rt.models.vae_blocks import CausalConv3d, FrameAttention, FrameConv2d, ResidualBlock
 from avatar_rt.models.weights import load_weights, save_weights
 from training.methods.augment import draw
+from training.recipe import device_of, to_device
 from training.rewards.identity import IdentityNet, crop_faces, perceptual_distance
 
 KL_WEIGHT = 1e-5  # of the mean over latent elements
@@ -66,19 +67,25 @@ class VAEMethod:
         files = sorted(real_frames.glob("*.npy")) if real_frames else []
         self.real = [np.load(f, mmap_mode="r") for f in files]
 
+    def to(self, device: torch.device) -> None:
+        for part in (self.module, self.looks):
+            if part is not None:
+                part.to(device)
+
     def step(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         num_frames, clips = (17, max(self.batch // 2, 1)) if step % 4 == 3 else (9, self.batch)
         windows = torch.stack([self._draw(num_frames, generator) for _ in range(clips)])
-        windows = augment_windows(windows, generator)
+        device = device_of(self.module)
+        windows = to_device(augment_windows(windows, generator), device)
         video, weight = windows[:, :3], windows[:, 3:]
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(device.type, enabled=False):
             mean, logvar = (m.float() for m in self.module.encode(video.to(self.dtype)))
             logvar = logvar.clamp(-20, 10)
-            z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)
+            z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator).to(device)
             if self.latent_noise:
-                strength = (2 * torch.rand((clips, 1, 1, 1, 1), generator=generator) - 1).clamp_min(0)
+                strength = (2 * torch.rand((clips, 1, 1, 1, 1), generator=generator) - 1).clamp_min(0).to(device)
                 spread = self.latent_noise * mean.detach().std((0, 2, 3, 4), keepdim=True)
-                z = z + strength * spread * torch.randn(z.shape, generator=generator)
+                z = z + strength * spread * torch.randn(z.shape, generator=generator).to(device)
             out = self.module.decode_unclamped(z.to(self.dtype), None)[0].float()
         l1, mse, edges = reconstruction_losses(out, video, weight)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
@@ -89,7 +96,7 @@ class VAEMethod:
             loss = loss + self.look_weight * values["looks"]
         plain = F.mse_loss(out.detach().clamp(-1, 1), video)
         noise = (0.5 * logvar.detach()).exp().mean() / mean.detach().std()
-        return {"loss": loss, **values, "psnr": -10 * (plain / 4).log10(), "noise": noise}
+        return {"loss": loss, **values, "psnr": -10 * (plain / 4).log10(), "noise": noise, "samples": clips}
 
     def _draw(self, num_frames: int, generator: torch.Generator) -> Tensor:
         """[4, F, H, W]: colours in -1..1 and the weight of each pixel."""
@@ -111,12 +118,12 @@ class VAEMethod:
     @torch.compiler.set_stance("force_eager")
     def validate(self, step: int, out: Path, *, clips: int = 24, num_frames: int = 33) -> dict[str, float]:
         """PSNR in dB over whole frames, mouths and eyes of held-out identities, and a contact sheet."""
-        whole, mouth, eyes, sheet = [], [], [], []
+        whole, mouth, eyes, sheet, device = [], [], [], [], device_of(self.module)
         for clip in np.linspace(0, len(self.val) - 1, min(clips, len(self.val))).astype(int).tolist():
             n = min(num_frames, (self.val.num_frames - 1) // 4 * 4 + 1)
             video = to_video(np.asarray(self.val.frames(clip, 0, n)))[None]
             boxes = np.asarray(self.val.facebox(clip, 0, n))
-            decoded = self.module.decode(self.module.encode(video)[0])
+            decoded = self.module.decode(self.module.encode(to_device(video, device))[0]).cpu()
             error = (decoded - video)[0].square().mean(0)
             whole.append(psnr(error))
             mouth.append(psnr(error[region(boxes, error.shape, *MOUTH)]))
@@ -248,7 +255,7 @@ def look_loss(net: IdentityNet, out: Tensor, video: Tensor, weight: Tensor, gene
     if not seen.any():
         return out.new_zeros(())
     crops = (crop_faces(x[seen], boxes[seen]) for x in (made, true))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(out.device.type, dtype=torch.bfloat16):
         return perceptual_distance(net, *crops)
 
 
@@ -266,7 +273,7 @@ def latent_statistics(vae: VideoVAE, corpus: Any, clips: int = 200) -> tuple[lis
     moments = []
     for clip in np.linspace(0, len(corpus) - 1, min(clips, len(corpus))).astype(int).tolist():
         n = (corpus.num_frames - 1) // 4 * 4 + 1
-        z = vae.encode(to_video(np.asarray(corpus.frames(clip, 0, n)))[None])[0].double()
+        z = vae.encode(to_video(np.asarray(corpus.frames(clip, 0, n)))[None].to(device_of(vae)))[0].double()
         moments.append(torch.stack([z.mean((0, 2, 3, 4)), z.square().mean((0, 2, 3, 4))]))
     mean, square = torch.stack(moments).mean(0)
     std = (square - mean.square()).sqrt()

@@ -1,4 +1,7 @@
-"""Runs of the small encoders: ``--recipe encoders.speech`` and ``--recipe encoders.motion``."""
+"""Runs of the small encoders: ``--recipe encoders.speech`` and ``--recipe encoders.motion``.
+
+On the CPU: drawing and damaging a batch costs more than the networks do.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,11 @@ def _motion(corpus: Path) -> MotionMethod:
 
 def speech() -> Recipe:
     """Speech encoder, from ``talk.npz`` (training.data.talk) and ``recorded`` (training.data.align), if there."""
-    return Recipe("encoders.speech", _speech, steps=4000, lr=1.5e-3, warmup=100, weight_decay=0.05, ema=0.99)
+    return Recipe("encoders.speech", _speech, steps=4000, lr=1.5e-3, warmup=100, weight_decay=0.05, ema=0.99,
+                  device="cpu")  # fmt: skip
 
 
 def motion() -> Recipe:
     """Motion encoder, from the rendered corpus."""
-    return Recipe("encoders.motion", _motion, steps=8000, lr=2e-3, warmup=100, weight_decay=0.02, ema=0.995)
+    return Recipe("encoders.motion", _motion, steps=8000, lr=2e-3, warmup=100, weight_decay=0.02, ema=0.995,
+                  device="cpu")  # fmt: skip

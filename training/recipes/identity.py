@@ -17,4 +17,4 @@ def _build(corpus: Path) -> IdentityMethod:
 def identity() -> Recipe:
     """Ten minutes on one CPU core."""
     return Recipe("identity", _build, steps=1000, lr=2e-3, warmup=100, final_lr=0.0, weight_decay=0.02, ema=0.99,
-                  validate_every=250)  # fmt: skip
+                  validate_every=250, device="cpu")  # fmt: skip

@@ -18,4 +18,5 @@ def _build(path: Path) -> SyncMethod:
 
 def sync() -> Recipe:
     """One to three steps a second on one core of an AMD EPYC. Twelve clips a step."""
-    return Recipe("sync", _build, steps=1500, lr=1.5e-3, warmup=60, weight_decay=0.02, ema=0.995, final_lr=0.02)
+    return Recipe("sync", _build, steps=1500, lr=1.5e-3, warmup=60, weight_decay=0.02, ema=0.995, final_lr=0.02,
+                  device="cpu")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Runs of the tiny video VAE: ``--recipe vae``, then ``--recipe vae.decoder --init .../checkpoint.pt``."""
+"""Runs of the tiny video VAE: ``--recipe vae``, then ``--recipe vae.decoder --init RUN``."""
 
 from __future__ import annotations
 
