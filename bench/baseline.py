@@ -285,9 +285,7 @@ class Plain:
         wrap: Callable[[Any], Any] = torch.compile if compiled else lambda module: module
         self.velocity, self.decode = wrap(self.dit), wrap(self.decoder)
 
-    def frames(
-        self, reference: Reference, wave: np.ndarray, schedule: Schedule, total: int
-    ) -> Iterator[np.ndarray]:
+    def frames(self, reference: Reference, wave: np.ndarray, schedule: Schedule, total: int) -> Iterator[np.ndarray]:
         """Frames uint8 [n, H, W, 3] chunk by chunk, as ``Session.frames`` gives them."""
         carried: tuple[Tensor, Tensor | None, Tensor | None] | None = None
         decoder, index, emitted = None, 0, 0

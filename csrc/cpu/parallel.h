@@ -1,4 +1,5 @@
-// A small thread pool. Threads sleep between calls, so that they never fight another library's pool for the cores.
+// A small thread pool. Threads look for work for some microseconds and then sleep, so that they never fight another
+// library's pool for the cores; a call waits for no thread that has not begun a task of it.
 #pragma once
 
 #include <cstdint>
