@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import cv2
 import numpy as np
@@ -23,6 +23,7 @@ from avatar_rt.models.dit import VideoRefDiT
 from avatar_rt.models.guided import GuidedDiT
 from avatar_rt.models.motion import MotionEncoder
 from avatar_rt.models.speech import SpeechEncoder
+from avatar_rt.models.streamed import StreamedVAE, refuses_streamed
 from avatar_rt.models.text import TextEncoder
 from avatar_rt.models.vae import VideoVAE
 from avatar_rt.models.weights import load_weights
@@ -80,9 +81,12 @@ class AvatarEngine:
         with torch.device("meta"):
             dit, vae = VideoRefDiT(cfg.dit), VideoVAE(cfg.vae)
         self.dit = _load(dit, parts["dit"], self.dtype, self.device)
-        if refuses_program(self.device, self.dtype) is None:
-            self.dit = GuidedDiT(self.dit)
         self.vae = _load(vae, parts["vae"], fp32, self.device)
+        if refuses_program(self.device, self.dtype) is None:
+            # They answer to everything that the modules do, so whoever is given one need not know.
+            self.dit = cast(VideoRefDiT, GuidedDiT(self.dit))
+            if refuses_streamed(self.vae) is None:
+                self.vae = cast(VideoVAE, StreamedVAE(self.vae))
         self.speech = _load(SpeechEncoder(cfg.speech), parts["speech"], fp32, self.device)
         self.motion = _load(MotionEncoder(cfg.motion), parts["motion"], fp32, self.device)
         self.text = _load(TextEncoder(cfg.text), parts["text"], fp32, self.device) if "text" in parts else None

@@ -67,7 +67,7 @@ class Rows:
 
 
 class PlainDiT(nn.Module):
-    """``VideoRefDiT``'s generated side in plain torch, on the weights of ``dit``. Batch 1, reference pattern ``full``."""
+    """``VideoRefDiT``'s generated side in plain torch, on the weights of ``dit``; batch 1, pattern ``full``."""
 
     def __init__(self, dit: VideoRefDiT) -> None:
         super().__init__()
@@ -277,7 +277,7 @@ class PlainDecoder(nn.Module):
 
 
 class Plain:
-    """A request end to end in plain torch; ``compiled`` puts ``torch.compile`` on both networks and grants the cache."""
+    """A request end to end in plain torch; ``compiled``: ``torch.compile`` on both networks, and our cache granted."""
 
     def __init__(self, engine: AvatarEngine, *, compiled: bool = False, dtype: torch.dtype = torch.bfloat16) -> None:
         self.engine, self.cached, self.dtype = engine, compiled, dtype

@@ -1,7 +1,7 @@
 """VideoRefDiT's generated side for a solver: all guidance passes of a step as one batch of recorded kernel calls.
 
-What does not depend on the step is computed when a chunk is opened: keys and values of the text and of the sound, position
-tables, and what can be written down without attending (a caption whose rows are all equal, silence between its ends:
+What does not depend on the step is computed when a chunk is opened: keys and values of the text and of the sound,
+position tables, and what can be written down without attending (a caption whose rows are all equal, silence between its ends:
 there, attention returns the one value it sees). A step then embeds its latents, runs the blocks, and adds up the passes
 before the last projection, which is linear.
 """
@@ -191,9 +191,7 @@ class GuidedChunk:
                 q[one], k[one], v[one], self._heads(out[one]), reference=seen, strength=self.strength
             )  # fmt: skip
         constants = [self._constant(block, p) for p in range(len(self.passes))]
-        early = torch.stack(
-            [sum(c) if not self._has_text(p) else torch.zeros_like(c[0]) for p, c in enumerate(constants)]
-        )
+        early = torch.stack([text if self._has_text(p) else text + quiet for p, (text, quiet) in enumerate(constants)])
         program.linear(
             out.flatten(0, 1), packed.o, rows, finish="residual", gate=m[2], plus=Table(early.flatten(0, 1), self._kind)
         )

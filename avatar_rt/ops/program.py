@@ -1,8 +1,8 @@
 """Recorded kernel calls with fixed addresses, for a CPU: what a CUDA graph is to a GPU.
 
 A program is recorded once over tensors that stay where they are, and run once a step; between its kernels nothing
-happens. Rows are normalised in fp32, multiplied in bf16 and added up in fp32; what follows a product (bias, GELU, a gated
-residual) is done before the sums leave the registers.
+happens. Rows are normalised in fp32, multiplied in bf16 and added up in fp32; what follows a product (bias, GELU, a
+gated residual) is done before the sums leave the registers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Table(NamedTuple):
     """Rows [T, C] fp32 that a kernel takes by index: int32 [rows], None for row 0 everywhere."""
 
     rows: Tensor
-    index: Tensor | None = None
+    of_row: Tensor | None = None
 
 
 def refuses_program(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -63,6 +63,13 @@ class Conditions:
 Velocity = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
+def _rows(ref: tuple[Any, ...] | None) -> dict[str, Any]:
+    """The reference as the transformer takes it: packed where it was packed."""
+    if ref is None:
+        return {}
+    return {"ref_k": ref[0], "ref_v": ref[1]} if isinstance(ref[0], Tensor) else {"packed": ref}
+
+
 def _guidance(
     dit: Any,
     schedule: Schedule,
@@ -88,23 +95,17 @@ def _guidance(
         return dit.open(passes, anchor, frames, references, schedule.reference_strength)
 
     def in_turn(latents: Tensor, t: Tensor, motion: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        v = vm = None
+        v = torch.zeros((), device=latents.device)
+        vm = None if motion is None else torch.zeros_like(motion)
         for p, ref in zip(passes, references(), strict=True):
-            rows = (
-                {}
-                if ref is None
-                else {"ref_k": ref[0], "ref_v": ref[1]}
-                if isinstance(ref[0], Tensor)
-                else {"packed": ref}
-            )
             with stage("denoise.pass"):
                 dv, dm = dit(
                     latents, t, p.text, p.audio, anchor=anchor, anchor_t=t.new_zeros(1),
-                    motion=motion if p.motion else None, **rows, strength=schedule.reference_strength,
+                    motion=motion if p.motion else None, **_rows(ref), strength=schedule.reference_strength,
                 )  # fmt: skip
-            v = p.weight * dv if v is None else v + p.weight * dv
-            if dm is not None and p.motion_weight:
-                vm = p.motion_weight * dm if vm is None else vm + p.motion_weight * dm
+            v = v + p.weight * dv
+            if vm is not None and p.motion_weight:
+                vm = vm + p.motion_weight * dm
         return v, vm
 
     return in_turn

@@ -37,8 +37,8 @@ def guidance_passes(sampling: SamplingConfig, has_text: bool) -> tuple[GuidanceP
     """Nested guidance, reference then audio then text:
 
     v = v0 + w_r (v_r - v0) + w_a (v_ra - v_r) + w_t (v_rat - v_ra), collected by pass; passes of weight 0 are not run.
-    Inner guidance of the motion stream (arXiv 2502.02492) adds w_m (v_rat - v_rat without motion tokens) to the picture's
-    velocity; the motion's own stays as it is. Either sum of weights is 1.
+    Inner guidance of the motion stream (arXiv 2502.02492) adds w_m (v_rat - v_rat without motion tokens) to the
+    picture's velocity; the motion's own stays as it is. Either sum of weights is 1.
     """
     r, a = sampling.reference_scale, sampling.audio_scale
     t = sampling.text_scale if has_text else a
