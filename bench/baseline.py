@@ -281,7 +281,8 @@ class Plain:
 
     def __init__(self, engine: AvatarEngine, *, compiled: bool = False, dtype: torch.dtype = torch.bfloat16) -> None:
         self.engine, self.cached, self.dtype = engine, compiled, dtype
-        self.dit, self.decoder = PlainDiT(engine.dit).eval(), PlainDecoder(engine.vae, dtype).eval()
+        dit, vae = getattr(engine.dit, "dit", engine.dit), getattr(engine.vae, "vae", engine.vae)  # the modules
+        self.dit, self.decoder = PlainDiT(dit).eval(), PlainDecoder(vae, dtype).eval()
         wrap: Callable[[Any], Any] = torch.compile if compiled else lambda module: module
         self.velocity, self.decode = wrap(self.dit), wrap(self.decoder)
 

@@ -1,9 +1,9 @@
 """VideoRefDiT's generated side for a solver: all guidance passes of a step as one batch of recorded kernel calls.
 
 What does not depend on the step is computed when a chunk is opened: keys and values of the text and of the sound,
-position tables, and what can be written down without attending (a caption whose rows are all equal, silence between its ends:
-there, attention returns the one value it sees). A step then embeds its latents, runs the blocks, and adds up the passes
-before the last projection, which is linear.
+position tables, and what can be written down without attending (a caption whose rows are all equal, silence between its
+ends: there, attention returns the one value it sees). A step then embeds its latents, runs the blocks, and adds up the
+passes before the last projection, which is linear.
 """
 
 from __future__ import annotations
@@ -89,6 +89,8 @@ class GuidedDiT:
         return self.dit(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "dit":  # not set yet
+            raise AttributeError(name)
         return getattr(self.dit, name)
 
     def time(self, t: Tensor, motion: Tensor | None, frames: int) -> tuple[Tensor, Tensor]:

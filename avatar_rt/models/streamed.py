@@ -1,8 +1,8 @@
 """The VAE's decoder as recorded kernels: latent by latent over fixed buffers, channels last, bf16 products.
 
 A stream's convolution state goes into a fixed place before the first latent of a call, moves on within it, and comes
-out in ``VideoVAE.decode_step``'s own form, so that a stream may change between the two at any call. Nearest doubling and
-the convolution after it are one: each of the four pixels that come of one sees 2 x 2 of the pixels below, through
+out in ``VideoVAE.decode_step``'s own form, so that a stream may change between the two at any call. Nearest doubling
+and the convolution after it are one: each of the four pixels that come of one sees 2 x 2 of the pixels below, through
 weights that are sums of the nine.
 """
 
@@ -73,6 +73,8 @@ class StreamedVAE:
         return [pack_linear(weight[s], conv.bias[s]) for s in (slice(0, half), slice(half, None))]
 
     def __getattr__(self, name: str) -> Any:
+        if name == "vae":  # not set yet
+            raise AttributeError(name)
         return getattr(self.vae, name)
 
     def decode_step(self, z: Tensor, state: State | None) -> tuple[Tensor, State]:
