@@ -20,14 +20,13 @@ from avatar_rt.media.face import crop_face, read_face, track_face
 from avatar_rt.media.reader import read_image
 from avatar_rt.media.writer import VideoWriter, check_output
 from avatar_rt.models.dit import VideoRefDiT
-from avatar_rt.models.guided import GuidedDiT
+from avatar_rt.models.guided import GuidedDiT, refuses_guided
 from avatar_rt.models.motion import MotionEncoder
 from avatar_rt.models.speech import SpeechEncoder
 from avatar_rt.models.streamed import StreamedVAE, refuses_streamed
 from avatar_rt.models.text import TextEncoder
 from avatar_rt.models.vae import VideoVAE
 from avatar_rt.models.weights import load_weights
-from avatar_rt.ops.program import refuses_program
 from avatar_rt.pipeline.denoise import Scene
 from avatar_rt.pipeline.reference import encode_reference, read_reference, to_video
 from avatar_rt.runtime.manifest import open_bundle, shipped_bundle
@@ -82,7 +81,7 @@ class AvatarEngine:
             dit, vae = VideoRefDiT(cfg.dit), VideoVAE(cfg.vae)
         self.dit = _load(dit, parts["dit"], self.dtype, self.device)
         self.vae = _load(vae, parts["vae"], fp32, self.device)
-        if refuses_program(self.device, self.dtype) is None:
+        if refuses_guided(self.dit) is None:
             # They answer to everything that the modules do, so whoever is given one need not know.
             self.dit = cast(VideoRefDiT, GuidedDiT(self.dit))
             if refuses_streamed(self.vae) is None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from avatar_rt.models.dit import VideoRefDiT, velocity_of
 from avatar_rt.models.layers import Block, timestep_embedding
 from avatar_rt.ops import PackedReference
-from avatar_rt.ops.program import PackedLinear, Program, Table, pack_linear, rope_lanes
+from avatar_rt.ops.program import ROWS_MULTIPLE, PackedLinear, Program, Table, pack_linear, refuses_program, rope_lanes
 
 References = tuple[Sequence[PackedReference] | tuple[Tensor, Tensor] | None, ...]  # of each pass, all blocks
 
@@ -64,6 +64,14 @@ def _pack_block(b: Block) -> PackedBlock:
 
 def _row(x: Tensor) -> Table:
     return Table(x.detach().float().reshape(1, -1).contiguous())
+
+
+def refuses_guided(dit: VideoRefDiT) -> str | None:
+    """None when the model can be recorded; else the reason."""
+    weight = dit.patch_embedding.weight
+    if dit.cfg.head_dim % ROWS_MULTIPLE:
+        return f"head size {dit.cfg.head_dim} is not a multiple of {ROWS_MULTIPLE}"
+    return refuses_program(weight.device, weight.dtype)
 
 
 class GuidedDiT:
