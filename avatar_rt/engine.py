@@ -27,10 +27,13 @@ from avatar_rt.models.streamed import StreamedVAE, refuses_streamed
 from avatar_rt.models.text import TextEncoder
 from avatar_rt.models.vae import VideoVAE
 from avatar_rt.models.weights import load_weights
+from avatar_rt.ops.schedule import set_cpu_schedule, set_gpu_tiles
 from avatar_rt.pipeline.denoise import Scene
 from avatar_rt.pipeline.reference import encode_reference, read_reference, to_video
+from avatar_rt.runtime.graph import Graphed
 from avatar_rt.runtime.manifest import open_bundle, shipped_bundle
 from avatar_rt.runtime.trace import stage
+from avatar_rt.runtime.tuning import Settings, tuning_for
 from avatar_rt.scene.image import blank_head, latent_mask
 from avatar_rt.session import Reference, Session
 
@@ -52,6 +55,14 @@ def _load(module: M, path: Path, dtype: torch.dtype, device: torch.device) -> M:
     return module.eval().requires_grad_(False).to(device)
 
 
+def _compiled(dit: VideoRefDiT, how: str) -> Callable[..., Any]:
+    if how == "graph":
+        return Graphed(dit, fixed=("packed", "ref_k", "ref_v"))
+    if how == "inductor":
+        return torch.compile(dit)
+    raise InputError(f"compile: expected graph, inductor or None, got {how!r}")
+
+
 class AvatarEngine:
     """Weights and compiled callables of one bundle on one device. Thread-safe: sessions share it and own their state.
 
@@ -59,11 +70,23 @@ class AvatarEngine:
         bundle: Bundle directory; None is the shipped ``tiny``.
         device: ``cpu`` or ``cuda[:n]``.
         dtype: Of the transformer; None is bf16 where the machine computes it natively, else fp32.
+        compile: None runs recorded kernels on a CPU that has them, else the modules; ``graph`` replays the transformer
+            as a CUDA graph; ``inductor`` puts torch.compile on it.
+        tuning: File from ``python -m bench.tune`` on this very machine; None takes the bundle's ``tuning.json``.
 
-    Raises: ArtifactError on a damaged bundle; UnsupportedError on a device that is not there.
+    Raises: ArtifactError on a damaged bundle or another machine's tuning; UnsupportedError on a device that is not
+        there.
     """
 
-    def __init__(self, bundle: Path_ | None = None, *, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Path_ | None = None,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        tuning: Path_ | None = None,
+        compile: str | None = None,
+    ) -> None:
         try:
             self.device = torch.device(device)
         except RuntimeError:
@@ -73,6 +96,8 @@ class AvatarEngine:
         if self.device.type not in ("cpu", "cuda"):
             raise InputError(f"device: expected cpu or cuda[:n], got {device!r}")
         self.bundle = open_bundle(Path(bundle) if bundle is not None else shipped_bundle())
+        self.settings = tuning_for(Path(tuning) if tuning is not None else None, self.bundle.path, self.device)
+        self._apply(self.settings)
         cfg, parts = self.bundle.config, self.bundle.parts
         self.config = cfg
         self.dtype = dtype or (torch.bfloat16 if _bf16_is_native(self.device) else torch.float32)
@@ -81,14 +106,25 @@ class AvatarEngine:
             dit, vae = VideoRefDiT(cfg.dit), VideoVAE(cfg.vae)
         self.dit = _load(dit, parts["dit"], self.dtype, self.device)
         self.vae = _load(vae, parts["vae"], fp32, self.device)
-        if refuses_guided(self.dit) is None:
-            # They answer to everything that the modules do, so whoever is given one need not know.
-            self.dit = cast(VideoRefDiT, GuidedDiT(self.dit))
-            if refuses_streamed(self.vae) is None:
+        # The recorded forms answer to everything that the modules do, so whoever is given one need not know.
+        if compile is not None:
+            self.dit = cast(VideoRefDiT, _compiled(self.dit, compile))
+        elif refuses_guided(self.dit) is None:
+            if self.settings.recorded_decoder and refuses_streamed(self.vae) is None:
                 self.vae = cast(VideoVAE, StreamedVAE(self.vae))
+            if self.settings.batched:
+                self.dit = cast(VideoRefDiT, GuidedDiT(self.dit))
         self.speech = _load(SpeechEncoder(cfg.speech), parts["speech"], fp32, self.device)
         self.motion = _load(MotionEncoder(cfg.motion), parts["motion"], fp32, self.device)
         self.text = _load(TextEncoder(cfg.text), parts["text"], fp32, self.device) if "text" in parts else None
+
+    @staticmethod
+    def _apply(settings: Settings) -> None:
+        """What a tuning file sets for the whole process."""
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        set_cpu_schedule(settings.linear_rows, settings.norm_rows, settings.spins)
+        set_gpu_tiles(settings.attention_tiles)
 
     # ---- conditions ------------------------------------------------------------------------------------------------
 

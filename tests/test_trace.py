@@ -88,6 +88,6 @@ def test_a_request_shows_its_stages(tmp_path):
 
     counts = record(tmp_path / "trace.json", seconds=0.2, steps=1)
     want = {"reference", "reference.context", "reference.cache", "speech", "denoise", "denoise.step", "decode", "write"}
-    assert set(counts) == want
+    assert want <= set(counts) <= want | {"denoise.pass"}  # one pass after another where kernels are not recorded
     names = {e.get("name") for e in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
     assert want <= names

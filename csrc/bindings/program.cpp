@@ -2,6 +2,7 @@
 #include <memory>
 
 #include "attention.h"
+#include "cpu/parallel.h"
 #include "cpu/program.h"
 #include "native.h"
 
@@ -125,6 +126,15 @@ void bind_program(py::module_& m) {
             py::arg("strength"))
         .def("run", &cpu::Program::run, py::arg("num_threads"), py::call_guard<py::gil_scoped_release>())
         .def("__len__", &cpu::Program::size);
+    m.def(
+        "set_schedule",
+        [](int64_t linear_rows, int64_t norm_rows, int64_t spins) {
+            if (linear_rows < 24 || linear_rows % 24 || norm_rows < 1 || spins < 0)
+                input_error("schedule: expected linear_rows in multiples of 24, norm_rows of 1 or more, spins of 0 or more");
+            cpu::set_schedule({linear_rows, norm_rows, spins});
+        },
+        py::arg("linear_rows"), py::arg("norm_rows"), py::arg("spins"),
+        "How recorded kernels are cut into tasks and how long idle threads look for one; no result depends on it.");
     m.def("packed_linear_size", &cpu::packed_linear_size, py::arg("num_taps"), py::arg("channels"), py::arg("outputs"));
     m.def(
         "pack_linear",

@@ -11,7 +11,6 @@ namespace {
 // Rows of a register tile for 1..4 vectors of outputs: tile * vectors accumulators, vectors weights, one broadcast.
 constexpr int kTileRows[5] = {0, 12, 12, 8, 6};
 constexpr int kMostRows = 12;
-constexpr int64_t kTaskRows = 48;  // a multiple of every tile
 
 struct TileJob {
     const LinearArgs& args;
@@ -95,9 +94,9 @@ void run_task(const LinearArgs& a, int64_t first, int64_t last) {
 }  // namespace
 
 void linear_avx512bf16(const LinearArgs& a, int num_threads) {
-    const int64_t tasks = (a.rows + kTaskRows - 1) / kTaskRows;
+    const int64_t task_rows = schedule().linear_rows, tasks = (a.rows + task_rows - 1) / task_rows;
     parallel_for(tasks, num_threads, [&](int64_t task) {
-        run_task(a, task * kTaskRows, std::min(a.rows, (task + 1) * kTaskRows));
+        run_task(a, task * task_rows, std::min(a.rows, (task + 1) * task_rows));
     });
 }
 

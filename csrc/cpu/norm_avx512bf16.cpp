@@ -8,8 +8,6 @@
 namespace avatar_rt::cpu {
 namespace {
 
-constexpr int64_t kTaskRows = 32;
-
 inline __m512 load(const NormArgs& a, int64_t at) {
     return a.x_f32 ? _mm512_loadu_ps(static_cast<const float*>(a.x) + at)
                    : load_bf16(static_cast<const uint16_t*>(a.x) + at);
@@ -62,9 +60,9 @@ void run_row(const NormArgs& a, int64_t row) {
 }  // namespace
 
 void norm_avx512bf16(const NormArgs& a, int num_threads) {
-    const int64_t tasks = (a.rows + kTaskRows - 1) / kTaskRows;
+    const int64_t task_rows = schedule().norm_rows, tasks = (a.rows + task_rows - 1) / task_rows;
     parallel_for(tasks, num_threads, [&](int64_t task) {
-        for (int64_t row = task * kTaskRows; row < std::min(a.rows, (task + 1) * kTaskRows); ++row) run_row(a, row);
+        for (int64_t row = task * task_rows; row < std::min(a.rows, (task + 1) * task_rows); ++row) run_row(a, row);
     });
 }
 

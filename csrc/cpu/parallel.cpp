@@ -12,9 +12,9 @@
 namespace avatar_rt::cpu {
 namespace {
 
-// How long a thread looks for work, or for another's end, before it sleeps: longer than the gap between two kernels of
-// one step, and far shorter than a time slice, so that a machine with other work loses next to nothing.
-constexpr int kSpins = 400;
+// A thread looks for work, or for another's end, before it sleeps: longer than the gap between two kernels of one
+// step, and far shorter than a time slice, so that a machine with other work loses next to nothing.
+std::atomic<int64_t> linear_rows{Schedule{}.linear_rows}, norm_rows{Schedule{}.norm_rows}, spins{Schedule{}.spins};
 
 inline void relax() {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -53,7 +53,7 @@ class Pool {
         open_ = false;
         if (active_ == 0) return true;
         lock.unlock();
-        for (int i = 0; i < kSpins && active_ != 0; ++i) relax();
+        for (int64_t i = spins; i > 0 && active_ != 0; --i) relax();
         lock.lock();
         done_.wait(lock, [this] { return active_ == 0; });
         return true;
@@ -66,7 +66,7 @@ class Pool {
 
     [[noreturn]] void serve(int index, uint64_t seen) {
         for (;;) {
-            for (int i = 0; i < kSpins && round_ == seen; ++i) relax();
+            for (int64_t i = spins; i > 0 && round_ == seen; --i) relax();
             {
                 std::unique_lock<std::mutex> lock(mutex_);
                 ++sleepers_;
@@ -106,6 +106,16 @@ Pool& pool() {
 }
 
 }  // namespace
+
+Schedule schedule() {
+    return {linear_rows, norm_rows, spins};
+}
+
+void set_schedule(const Schedule& wanted) {
+    linear_rows = std::max<int64_t>(wanted.linear_rows, 1);
+    norm_rows = std::max<int64_t>(wanted.norm_rows, 1);
+    spins = std::max<int64_t>(wanted.spins, 0);
+}
 
 void parallel_for(int64_t num_tasks, int num_threads, const std::function<void(int64_t)>& body) {
     const int helpers = static_cast<int>(std::min<int64_t>(num_threads, num_tasks)) - 1;
