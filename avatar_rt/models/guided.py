@@ -19,6 +19,7 @@ from avatar_rt.models.dit import VideoRefDiT, velocity_of
 from avatar_rt.models.layers import Block, timestep_embedding
 from avatar_rt.ops import PackedReference
 from avatar_rt.ops.program import ROWS_MULTIPLE, PackedLinear, Program, Table, pack_linear, refuses_program, rope_lanes
+from avatar_rt.ops.schedule import torch_alone
 
 References = tuple[Sequence[PackedReference] | tuple[Tensor, Tensor] | None, ...]  # of each pass, all blocks
 
@@ -289,6 +290,10 @@ class GuidedChunk:
 
         Returns: the passes' weighted sums of velocity [1, C, T, H, W] and of motion velocity [1, T, M], fp32.
         """
+        with torch_alone() as threads:
+            return self._step(latents, t, motion, threads)
+
+    def _step(self, latents: Tensor, t: Tensor, motion: Tensor | None, threads: int) -> tuple[Tensor, Tensor | None]:
         g = self.guided
         rows, grid = g.dit._tokens(latents, motion)
         references = self.references()
@@ -310,7 +315,7 @@ class GuidedChunk:
             if self.anchor is not None:
                 self.x[p, self.own :] = self.anchor
         assert self._program is not None and framed.shape[1] == self.size
-        self._program.run()
+        self._program.run(threads)
         return self._heads_of(latents, t, motion, embeddings)
 
     def _heads_of(

@@ -18,6 +18,7 @@ from avatar_rt.errors import InputError
 from avatar_rt.models.vae import VideoVAE
 from avatar_rt.models.vae_blocks import FrameAttention, ResidualBlock, State, Upsample, unfold_patch
 from avatar_rt.ops.program import ROWS_MULTIPLE, PackedLinear, Program, Table, pack_linear
+from avatar_rt.ops.schedule import torch_alone
 
 
 def refuses_streamed(vae: VideoVAE) -> str | None:
@@ -90,11 +91,12 @@ class StreamedVAE:
             stream = free.pop()  # atomic: two sessions never share buffers
         except IndexError:
             stream = _Stream(self, *size)
-        frames = stream.decode(z[0].permute(1, 2, 3, 0), state)
-        after = stream.state()
-        free.append(stream)
-        video = unfold_patch(frames.permute(3, 0, 1, 2)[None], self.vae.cfg.patch)
-        return video.clamp(-1.0, 1.0), after
+        with torch_alone() as threads:
+            frames = stream.decode(z[0].permute(1, 2, 3, 0), state, threads)
+            after = stream.state()
+            free.append(stream)
+            video = unfold_patch(frames.permute(3, 0, 1, 2)[None], self.vae.cfg.patch)
+            return video.clamp(-1.0, 1.0), after
 
 
 class _Stream:
@@ -107,7 +109,7 @@ class _Stream:
         self.steady, self.steady_out = self._record(first=False)
         self.first, self.first_out = self._record(first=True)
 
-    def decode(self, z: Tensor, state: State | None) -> Tensor:
+    def decode(self, z: Tensor, state: State | None, threads: int) -> Tensor:
         """Raw latents [T, h, w, C] -> frames [F, H, W, 3 * patch^2] fp32."""
         frames = []
         if state is None:
@@ -119,10 +121,10 @@ class _Stream:
         for i, latent in enumerate(z):
             self.z[0] = latent
             if i == 0 and state is None:
-                self.first.run()
+                self.first.run(threads)
                 frames.append(self.first_out.clone())
                 continue
-            self.steady.run()
+            self.steady.run(threads)
             frames.append(self.steady_out.clone())
             for ring in self.rings:
                 ring[:2] = ring[-2:].clone()
