@@ -1,4 +1,5 @@
-// Programs: recorded kernel calls. avatar_rt/ops/program.py checks shapes; here, only what would read out of bounds of C.
+// Programs: recorded kernel calls. avatar_rt/ops/program.py checks shapes; here, only what would read out of bounds of
+// C.
 #include <memory>
 
 #include "attention.h"
@@ -109,16 +110,15 @@ void bind_program(py::module_& m) {
         .def(
             "attention",
             [](cpu::Program& program, const TensorArg& q, const OptionalTensor& k, const OptionalTensor& v,
-               const OptionalTensor& ref_k, const OptionalTensor& ref_v, uintptr_t out, float scale, float strength) {
-                record(program, plain_args(q, k, v, ref_k, ref_v), out, scale, strength);
-            },
+               const OptionalTensor& ref_k, const OptionalTensor& ref_v, uintptr_t out, float scale,
+               float strength) { record(program, plain_args(q, k, v, ref_k, ref_v), out, scale, strength); },
             py::arg("q"), py::arg("k").none(true), py::arg("v").none(true), py::arg("ref_k").none(true),
             py::arg("ref_v").none(true), py::arg("out"), py::arg("scale"), py::arg("strength"))
         .def(
             "packed_attention",
             [](cpu::Program& program, const TensorArg& q, const OptionalTensor& k, const OptionalTensor& v,
-               const TensorArg& packed_k, const TensorArg& packed_v, const TensorArg& k_scale,
-               const TensorArg& v_scale, int64_t rows, uintptr_t out, float scale, float strength) {
+               const TensorArg& packed_k, const TensorArg& packed_v, const TensorArg& k_scale, const TensorArg& v_scale,
+               int64_t rows, uintptr_t out, float scale, float strength) {
                 record(program, packed_args(q, k, v, packed_k, packed_v, k_scale, v_scale, rows), out, scale, strength);
             },
             py::arg("q"), py::arg("k").none(true), py::arg("v").none(true), py::arg("packed_k"), py::arg("packed_v"),
@@ -130,7 +130,8 @@ void bind_program(py::module_& m) {
         "set_schedule",
         [](int64_t linear_rows, int64_t norm_rows, int64_t spins) {
             if (linear_rows < 24 || linear_rows % 24 || norm_rows < 1 || spins < 0)
-                input_error("schedule: expected linear_rows in multiples of 24, norm_rows of 1 or more, spins of 0 or more");
+                input_error(
+                    "schedule: expected linear_rows in multiples of 24, norm_rows of 1 or more, spins of 0 or more");
             cpu::set_schedule({linear_rows, norm_rows, spins});
         },
         py::arg("linear_rows"), py::arg("norm_rows"), py::arg("spins"),

@@ -95,9 +95,8 @@ void run_task(const LinearArgs& a, int64_t first, int64_t last) {
 
 void linear_avx512bf16(const LinearArgs& a, int num_threads) {
     const int64_t task_rows = schedule().linear_rows, tasks = (a.rows + task_rows - 1) / task_rows;
-    parallel_for(tasks, num_threads, [&](int64_t task) {
-        run_task(a, task * task_rows, std::min(a.rows, (task + 1) * task_rows));
-    });
+    parallel_for(tasks, num_threads,
+                 [&](int64_t task) { run_task(a, task * task_rows, std::min(a.rows, (task + 1) * task_rows)); });
 }
 
 }  // namespace avatar_rt::cpu
