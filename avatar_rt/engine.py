@@ -187,6 +187,7 @@ class AvatarEngine:
         steps: int | None = None,
         reference_scale: float | None = None,
         audio_scale: float | None = None,
+        motion_scale: float | None = None,
         reference_strength: float | None = None,
         use_cache: bool = True,
     ) -> Session:
@@ -195,7 +196,7 @@ class AvatarEngine:
             raise InputError("reference: it was prepared with other weights; prepare it again with this engine")
         given: dict[str, Any] = {
             "steps": steps, "reference_scale": reference_scale, "audio_scale": audio_scale,
-            "reference_strength": reference_strength,
+            "motion_scale": motion_scale, "reference_strength": reference_strength,
         }  # fmt: skip
         sampling = dataclasses.replace(self.config.sampling, **{k: v for k, v in given.items() if v is not None})
         place = reference.scene
