@@ -220,6 +220,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.quick:
         args.seconds, args.steps, args.rounds, args.check_chunks, args.no_compile = 1.2, 2, 1, 1, True
+    if args.check_chunks < 2 and not args.no_compile:
+        parser.error("--check-chunks: torch.compile needs 2 or more, or it compiles a later chunk while the clock runs")
     if args.store and (args.quick or args.no_compile or args.steps):
         parser.error("--store needs a whole run: no --quick, --no-compile or --steps")
     document = run(args)
