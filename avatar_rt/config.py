@@ -200,14 +200,15 @@ class ChunkConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Defaults of a request: solver steps, flow shift, guidance scales (1 is off), and the factor on the reference's
-    attention weights (1 as trained, 0 as without a reference)."""
+    """Defaults of a request: solver steps, flow shift, guidance scales (1 is off; inner guidance of the motion stream:
+    0 is off), and the factor on the reference's attention weights (1 as trained, 0 as without a reference)."""
 
     steps: int = 24
     shift: float = 5.0
     reference_scale: float = 1.0
     audio_scale: float = 1.0
     text_scale: float = 1.0
+    motion_scale: float = 0.0
     reference_strength: float = 1.0
 
 

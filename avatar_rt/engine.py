@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import cv2
 import numpy as np
@@ -23,16 +23,21 @@ from avatar_rt.media.reader import read_image
 from avatar_rt.media.stream import SpeechFile
 from avatar_rt.media.writer import EXTENSIONS, check_output
 from avatar_rt.models.dit import VideoRefDiT
+from avatar_rt.models.guided import GuidedDiT, refuses_guided
 from avatar_rt.models.motion import MotionEncoder
 from avatar_rt.models.speech import SpeechEncoder
+from avatar_rt.models.streamed import StreamedVAE, refuses_streamed
 from avatar_rt.models.text import TextEncoder
 from avatar_rt.models.vae import VideoVAE
 from avatar_rt.models.weights import load_weights
+from avatar_rt.ops.schedule import set_cpu_schedule, set_gpu_tiles
 from avatar_rt.pipeline.denoise import Scene
 from avatar_rt.pipeline.reference import encode_reference, offload_cache, read_reference, to_video
 from avatar_rt.prepared import SUFFIX, Reference
+from avatar_rt.runtime.graph import Graphed
 from avatar_rt.runtime.manifest import file_hash, open_bundle, shipped_bundle
 from avatar_rt.runtime.trace import stage
+from avatar_rt.runtime.tuning import Settings, tuning_for
 from avatar_rt.runtime.turns import Turns
 from avatar_rt.scene.image import blank_head, latent_mask
 from avatar_rt.session import Session
@@ -56,6 +61,14 @@ def _load(module: M, path: Path, dtype: torch.dtype, device: torch.device) -> M:
     return module.eval().requires_grad_(False).to(device)
 
 
+def _compiled(dit: VideoRefDiT, how: str) -> Callable[..., Any]:
+    if how == "graph":
+        return Graphed(dit, fixed=("packed", "ref_k", "ref_v"))
+    if how == "inductor":
+        return torch.compile(dit)
+    raise InputError(f"compile: expected graph, inductor or None, got {how!r}")
+
+
 class AvatarEngine:
     """Weights and compiled callables of one bundle on one device. Thread-safe: sessions share it and own their state.
 
@@ -63,11 +76,23 @@ class AvatarEngine:
         bundle: Bundle directory; None is the shipped ``tiny``.
         device: ``cpu`` or ``cuda[:n]``.
         dtype: Of the transformer; None is bf16 where the machine computes it natively, else fp32.
+        compile: None runs recorded kernels on a CPU that has them, else the modules; ``graph`` replays the transformer
+            as a CUDA graph; ``inductor`` puts torch.compile on it.
+        tuning: File from ``python -m bench.tune`` on this very machine; None takes the bundle's ``tuning.json``.
 
-    Raises: ArtifactError on a damaged bundle; UnsupportedError on a device that is not there.
+    Raises: ArtifactError on a damaged bundle or another machine's tuning; UnsupportedError on a device that is not
+        there.
     """
 
-    def __init__(self, bundle: Path_ | None = None, *, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Path_ | None = None,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        tuning: Path_ | None = None,
+        compile: str | None = None,
+    ) -> None:
         try:
             self.device = torch.device(device)
         except RuntimeError:
@@ -77,6 +102,8 @@ class AvatarEngine:
         if self.device.type not in ("cpu", "cuda"):
             raise InputError(f"device: expected cpu or cuda[:n], got {device!r}")
         self.bundle = open_bundle(Path(bundle) if bundle is not None else shipped_bundle())
+        self.settings = tuning_for(Path(tuning) if tuning is not None else None, self.bundle.path, self.device)
+        self._apply(self.settings)
         cfg, parts = self.bundle.config, self.bundle.parts
         self.config = cfg
         self.turns = Turns()
@@ -86,9 +113,25 @@ class AvatarEngine:
             dit, vae = VideoRefDiT(cfg.dit), VideoVAE(cfg.vae)
         self.dit = _load(dit, parts["dit"], self.dtype, self.device)
         self.vae = _load(vae, parts["vae"], fp32, self.device)
+        # The recorded forms answer to everything that the modules do, so whoever is given one need not know.
+        if compile is not None:
+            self.dit = cast(VideoRefDiT, _compiled(self.dit, compile))
+        elif refuses_guided(self.dit) is None:
+            if self.settings.recorded_decoder and refuses_streamed(self.vae) is None:
+                self.vae = cast(VideoVAE, StreamedVAE(self.vae))
+            if self.settings.batched:
+                self.dit = cast(VideoRefDiT, GuidedDiT(self.dit))
         self.speech = _load(SpeechEncoder(cfg.speech), parts["speech"], fp32, self.device)
         self.motion = _load(MotionEncoder(cfg.motion), parts["motion"], fp32, self.device)
         self.text = _load(TextEncoder(cfg.text), parts["text"], fp32, self.device) if "text" in parts else None
+
+    @staticmethod
+    def _apply(settings: Settings) -> None:
+        """What a tuning file sets for the whole process."""
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        set_cpu_schedule(settings.linear_rows, settings.norm_rows, settings.spins)
+        set_gpu_tiles(settings.attention_tiles)
 
     # ---- conditions ------------------------------------------------------------------------------------------------
 
@@ -189,6 +232,7 @@ class AvatarEngine:
         steps: int | None = None,
         reference_scale: float | None = None,
         audio_scale: float | None = None,
+        motion_scale: float | None = None,
         reference_strength: float | None = None,
         use_cache: bool = True,
         queue_seconds: float | None = None,
@@ -202,7 +246,7 @@ class AvatarEngine:
             raise InputError("reference: it was prepared with other weights; prepare it again with this engine")
         given: dict[str, Any] = {
             "steps": steps, "reference_scale": reference_scale, "audio_scale": audio_scale,
-            "reference_strength": reference_strength,
+            "motion_scale": motion_scale, "reference_strength": reference_strength,
         }  # fmt: skip
         sampling = dataclasses.replace(self.config.sampling, **{k: v for k, v in given.items() if v is not None})
         place = reference.scene

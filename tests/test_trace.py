@@ -62,12 +62,12 @@ def nvtx(monkeypatch):
 def test_nvtx_only_within_its_block(nvtx):
     with stage("before"):
         pass
-    with nvtx_ranges(), stage("denoise"), stage("denoise.pass"):
+    with nvtx_ranges(), stage("denoise"), stage("denoise.step"):
         pass
     with stage("after"):
         pass
-    assert nvtx == ["avatar_rt:denoise", "avatar_rt:denoise.pass", "end denoise.pass", "end denoise"]
-    assert trace._nvtx is None
+    assert nvtx == ["avatar_rt:denoise", "avatar_rt:denoise.step", "end denoise.step", "end denoise"]
+    assert trace._mark is None
 
 
 def test_missing_nvtx_is_one_sentence(monkeypatch):
@@ -87,7 +87,7 @@ def test_a_request_shows_its_stages(tmp_path):
     from bench.trace import record
 
     counts = record(tmp_path / "trace.json", seconds=0.2, steps=1)
-    want = {"reference", "reference.context", "reference.cache", "speech", "denoise", "denoise.pass", "decode", "write"}
-    assert set(counts) == want
+    want = {"reference", "reference.context", "reference.cache", "speech", "denoise", "denoise.step", "decode", "write"}
+    assert want <= set(counts) <= want | {"denoise.pass"}  # one pass after another where kernels are not recorded
     names = {e.get("name") for e in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
     assert want <= names

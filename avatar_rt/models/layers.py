@@ -111,11 +111,14 @@ class SelfAttention(Attention):
 class TextAttention(Attention):
     """Cross-attention to the text context (zero rows of the padding included, as Wan does)."""
 
+    def context(self, context_BSC: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, S, N, D] of the text."""
+        context_BSC = context_BSC.to(self.q.weight.dtype)
+        return self.heads(self.norm_k(self.k(context_BSC))), self.heads(self.v(context_BSC))
+
     def forward(self, x_BLC: Tensor, context_BSC: Tensor) -> Tensor:
-        x_BLC, context_BSC = x_BLC.to(self.q.weight.dtype), context_BSC.to(self.q.weight.dtype)
-        q = self.heads(self.norm_q(self.q(x_BLC)))
-        k, v = self.heads(self.norm_k(self.k(context_BSC))), self.heads(self.v(context_BSC))
-        k, v = (c.expand(q.shape[0], -1, -1, -1) for c in (k, v))  # one context may serve the whole batch
+        q = self.heads(self.norm_q(self.q(x_BLC.to(self.q.weight.dtype))))
+        k, v = (c.expand(q.shape[0], -1, -1, -1) for c in self.context(context_BSC))  # one may serve the whole batch
         return self.o(ops.sparse_reference_attention(q, k, v).flatten(2))
 
 
@@ -136,20 +139,24 @@ class AudioAttention(Attention):
         if adapter_dim:
             self.q_adapter, self.k_adapter, self.v_adapter = (_adapter(dim, adapter_dim) for _ in range(3))
 
-    def driving(self, x_BLC: Tensor, audio_BSC: Tensor, position: Tensor, span: Span) -> Tensor:
-        """x: the rows of ``span``; audio: the features of all its frames."""
-        x_BLC, audio_BSC = x_BLC.to(self.q.weight.dtype), audio_BSC.to(self.q.weight.dtype)
-        per = audio_BSC.shape[1] // span.frames
-        q = self.norm_q(self.q(x_BLC))
+    def window(self, audio_BSC: Tensor, position: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, T, 3 * S / T, C] that the rows of each frame see of the driving sound."""
+        audio_BSC = audio_BSC.to(self.q.weight.dtype)
+        per = audio_BSC.shape[1] // num_frames
         k, v = self.norm_k(self.k(audio_BSC)), self.v(audio_BSC)
         k, v = (F.pad(c, (0, 0, per, per)).unfold(1, 3 * per, per).transpose(2, 3) for c in (k, v))
+        return k + position.to(k.dtype), v
+
+    def driving(self, x_BLC: Tensor, audio_BSC: Tensor, position: Tensor, span: Span) -> Tensor:
+        """x: the rows of ``span``; audio: the features of all its frames."""
+        q = self.norm_q(self.q(x_BLC.to(self.q.weight.dtype)))
+        k, v = self.window(audio_BSC, position, span.frames)
         if span.here == span.frames * span.size:
-            return self._attend(q, k + position.to(k.dtype), v, span.frames)
+            return self._attend(q, k, v, span.frames)
         first, last = span.touched  # a rank may hold parts of its first and last frame: the rest is not looked at
         before = span.start - first * span.size
         q = F.pad(q, (0, 0, before, last * span.size - span.stop))
-        k, v = k[:, first:last], v[:, first:last]
-        return self._attend(q, k + position.to(k.dtype), v, last - first)[:, before : before + span.here]
+        return self._attend(q, k[:, first:last], v[:, first:last], last - first)[:, before : before + span.here]
 
     def reference(self, x_BLC: Tensor, audio_BSC: Tensor, position: Tensor, num_frames: int) -> Tensor:
         x_BLC, audio_BSC = x_BLC.to(self.q.weight.dtype), audio_BSC.to(self.q.weight.dtype)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 MAX_HEAD_DIM = 128
 _MIN_ARCH = (8, 0)
+attention_tiles: tuple[int, ...] = ()  # rows, keys, warps, stages; set by ops.schedule, empty is the table
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -64,9 +65,10 @@ def local_attention(
     num_frames: int, radius: int, scale: float, strength: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Runs ``local_temporal_attention``."""
-    from avatar_rt.kernels.attention import attention
+    from avatar_rt.kernels.attention import Config, attention
 
-    return attention(q, k, v, ref_k, ref_v, num_frames, radius, scale, _bias(strength))
+    config = Config(*attention_tiles) if attention_tiles else None
+    return attention(q, k, v, ref_k, ref_v, num_frames, radius, scale, _bias(strength), config)
 
 
 def sparse_attention(

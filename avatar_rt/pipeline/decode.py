@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import cv2
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from avatar_rt.models.streamed import StreamedVAE
 from avatar_rt.models.vae import VideoVAE
 from avatar_rt.pipeline.denoise import LatentChunk
 from avatar_rt.runtime.trace import stage
@@ -23,7 +26,7 @@ class FrameChunk:
 
 @stage("decode")
 def decode_chunk(
-    vae: VideoVAE, chunk: LatentChunk, state: tuple[Tensor, ...] | None, scale: int = 1
+    vae: VideoVAE | StreamedVAE, chunk: LatentChunk, state: tuple[Tensor, ...] | None, scale: int = 1
 ) -> tuple[FrameChunk, tuple[Tensor, ...]]:
     """Decodes a chunk's new latents, enlarging the frames ``scale`` times (bicubic, until a refiner does better).
 
@@ -31,8 +34,22 @@ def decode_chunk(
     """
     z = vae.denormalize(chunk.latents.to(next(vae.parameters()).dtype))
     video, state = vae.decode_step(z, state)
-    frames = video[0].float().transpose(0, 1)
+    return FrameChunk(to_pictures(video[0], scale), 0 if chunk.start == 0 else 4 * chunk.start - 3), state
+
+
+def to_pictures(video: Tensor, scale: int) -> Tensor:
+    """Video [3, F, H, W] in -1..1 -> uint8 [F, scale * H, scale * W, 3], bicubic."""
+    if video.device.type == "cpu":
+        frames = video.float().permute(1, 2, 3, 0).contiguous().numpy()
+        height, width = frames.shape[1] * scale, frames.shape[2] * scale
+        out = np.empty((len(frames), height, width, 3), np.uint8)
+        for frame, target in zip(frames, out, strict=True):
+            large = frame if scale == 1 else cv2.resize(frame, (width, height), interpolation=cv2.INTER_CUBIC)
+            # One pass: to 0..255, rounded, clipped.
+            cv2.addWeighted(large, 127.5, large, 0.0, 127.5, dst=target, dtype=cv2.CV_8U)
+        return torch.from_numpy(out)
+    frames = video.float().transpose(0, 1)
     if scale != 1:
         frames = F.interpolate(frames, scale_factor=scale, mode="bicubic", align_corners=False)
     frames = ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-    return FrameChunk(frames.contiguous(), 0 if chunk.start == 0 else 4 * chunk.start - 3), state
+    return frames.contiguous()

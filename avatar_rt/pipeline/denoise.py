@@ -13,6 +13,7 @@ from torch import Tensor
 from avatar_rt import ops
 from avatar_rt.config import AvatarConfig
 from avatar_rt.models.dit import VideoRefDiT, with_masks
+from avatar_rt.models.guided import GuidedDiT, Pass
 from avatar_rt.pipeline.reference import ReferenceCache
 from avatar_rt.pipeline.schedule import ChunkPlan, Schedule, level
 from avatar_rt.runtime.trace import stage
@@ -63,16 +64,60 @@ class Conditions:
     empty_text: Tensor
 
 
-def _rows(ref: ReferenceCache | None) -> dict[str, Any]:
+Velocity = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+
+
+def _rows(ref: tuple[Any, ...] | None) -> dict[str, Any]:
     """The reference as the transformer takes it: packed where it was packed."""
     if ref is None:
         return {}
-    return {"ref_k": ref.k, "ref_v": ref.v} if ref.packed is None else {"packed": ref.packed}
+    return {"ref_k": ref[0], "ref_v": ref[1]} if isinstance(ref[0], Tensor) else {"packed": ref}
+
+
+def _guidance(
+    dit: Any,
+    schedule: Schedule,
+    anchor: Tensor,
+    frames: int,
+    reference: Callable[[], ReferenceCache],
+    given: Conditions,
+) -> Velocity:
+    """The guided velocity of a chunk: all passes in one batch where the transformer can, else one after another."""
+    passes = tuple(
+        Pass(
+            p.weight, p.motion_weight, given.text if p.text else given.empty_text, given.audio if p.audio else None,
+            p.reference, p.motion,
+        )
+        for p in schedule.passes
+    )  # fmt: skip
+
+    def references() -> tuple[Any, ...]:
+        caches = [reference() if p.reference else None for p in passes]
+        return tuple(None if c is None else c.packed or (c.k, c.v) for c in caches)
+
+    if isinstance(dit, GuidedDiT):
+        return dit.open(passes, anchor, frames, references, schedule.reference_strength)
+
+    def in_turn(latents: Tensor, t: Tensor, motion: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        v = torch.zeros((), device=latents.device)
+        vm = None if motion is None else torch.zeros_like(motion)
+        for p, ref in zip(passes, references(), strict=True):
+            with stage("denoise.pass"):
+                dv, dm = dit(
+                    latents, t, p.text, p.audio, anchor=anchor, anchor_t=t.new_zeros(1),
+                    motion=motion if p.motion else None, **_rows(ref), strength=schedule.reference_strength,
+                )  # fmt: skip
+            v = v + p.weight * dv
+            if vm is not None and p.motion_weight:
+                vm = vm + p.motion_weight * dm
+        return v, vm
+
+    return in_turn
 
 
 @stage("denoise")
 def denoise_chunk(
-    dit: VideoRefDiT,
+    dit: VideoRefDiT | GuidedDiT,
     cfg: AvatarConfig,
     schedule: Schedule,
     plan: ChunkPlan,
@@ -97,23 +142,14 @@ def denoise_chunk(
     carried[:, :, :n] = 1
     scene = given.scene
     anchor = with_masks(scene.latent, d, scene.kept, 0) if state.anchor is None else with_masks(state.anchor, d, 1, 0)
+    velocity = _guidance(dit, schedule, anchor, plan.latents, reference, given)
     for t, t_next in pairwise(schedule.times):
         if cancelled():
             return None
         t_frames = torch.full((1, plan.latents), t, device=device)
         t_frames[:, :n] = 0
-        latents = with_masks(z, d, 0, carried)
-        v, vm = torch.zeros_like(z), None if motion is None else torch.zeros_like(motion)
-        for p in schedule.passes:
-            ref = reference() if p.reference else None
-            with stage("denoise.pass"):
-                dv, dm = dit(
-                    latents, t_frames, given.text if p.text else given.empty_text, given.audio if p.audio else None,
-                    anchor=anchor, anchor_t=torch.zeros(1, device=device), motion=motion,
-                    **_rows(ref), strength=schedule.reference_strength,
-                )  # fmt: skip
-            v = v + p.weight * dv
-            vm = None if vm is None else vm + p.weight * dm
+        with stage("denoise.step"):
+            v, vm = velocity(with_masks(z, d, 0, carried), t_frames, motion)
         z = torch.cat([z[:, :, :n], ops.flow_step(z[:, :, n:], v[:, :, n:], t, t_next)], dim=2)
         if motion is not None and vm is not None:
             motion = torch.cat([motion[:, :n], ops.flow_step(motion[:, n:], vm[:, n:], t, t_next)], dim=1)

@@ -20,28 +20,37 @@ def flow_times(steps: int, shift: float) -> list[float]:
 
 @dataclass(frozen=True)
 class GuidancePass:
-    """One pass of a step and its weight in the sum; which conditions it sees."""
+    """One pass of a step and its weight in the sum; which conditions it sees, and whether its motion is there.
+
+    ``motion_weight`` is its weight in the sum of motion velocities, 0 where it has no motion.
+    """
 
     weight: float
     reference: bool
     audio: bool
     text: bool
+    motion: bool = True
+    motion_weight: float = 0.0
 
 
 def guidance_passes(sampling: SamplingConfig, has_text: bool) -> tuple[GuidancePass, ...]:
     """Nested guidance, reference then audio then text:
 
     v = v0 + w_r (v_r - v0) + w_a (v_ra - v_r) + w_t (v_rat - v_ra), collected by pass; passes of weight 0 are not run.
+    Inner guidance of the motion stream (arXiv 2502.02492) adds w_m (v_rat - v_rat without motion tokens) to the
+    picture's velocity; the motion's own stays as it is. Either sum of weights is 1.
     """
     r, a = sampling.reference_scale, sampling.audio_scale
     t = sampling.text_scale if has_text else a
+    m = sampling.motion_scale
     passes = (
-        GuidancePass(1 - r, False, False, False),
-        GuidancePass(r - a, True, False, False),
-        GuidancePass(a - t, True, True, False),
-        GuidancePass(t, True, True, has_text),
+        GuidancePass(1 - r, False, False, False, True, 1 - r),
+        GuidancePass(r - a, True, False, False, True, r - a),
+        GuidancePass(a - t, True, True, False, True, a - t),
+        GuidancePass(t + m, True, True, has_text, True, t),
+        GuidancePass(-m, True, True, has_text, False, 0.0),
     )
-    return tuple(p for p in passes if p.weight != 0)
+    return tuple(p for p in passes if p.weight != 0 or p.motion_weight != 0)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 
 from avatar_rt.errors import UnsupportedError
 
-_nvtx: Callable[[str], AbstractContextManager[Any]] | None = None
+_mark: Callable[[str], AbstractContextManager[Any]] | None = None
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def stage(name: str) -> Iterator[None]:
     NVTX within ``nvtx_ranges()``, torch's own range while torch's profiler runs, both when both look, else nothing at
     all. A block may not contain a ``yield``: ranges of one thread must nest.
     """
-    marked = _nvtx
+    marked = _mark
     if marked is None and not torch.autograd._profiler_enabled():
         yield
         return
@@ -33,18 +33,25 @@ def stage(name: str) -> Iterator[None]:
 
 
 @contextmanager
+def watched_by(mark: Callable[[str], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Within the block, the stages of every thread are ranges of ``mark``, which makes a context of a name."""
+    global _mark
+    before, _mark = _mark, mark
+    try:
+        yield
+    finally:
+        _mark = before
+
+
+@contextmanager
 def nvtx_ranges() -> Iterator[None]:
     """Within the block, the stages of every thread are NVTX ranges too; for use under Nsight Systems.
 
     Raises: UnsupportedError when the nvtx package is not there.
     """
-    global _nvtx
     try:
         from nvtx import annotate
     except ImportError:
         raise UnsupportedError("nvtx_ranges: the nvtx package is not installed: pip install nvtx") from None
-    before, _nvtx = _nvtx, lambda name: annotate(name, domain="avatar_rt")
-    try:
+    with watched_by(lambda name: annotate(name, domain="avatar_rt")):
         yield
-    finally:
-        _nvtx = before

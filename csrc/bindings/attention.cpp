@@ -45,28 +45,6 @@ void set_numbers(cpu::AttentionArgs* args, uintptr_t out, uintptr_t lse, float s
 
 namespace {
 
-// The call itself, once its tensors are in place.
-void call(cpu::AttentionArgs& args, uintptr_t out, uintptr_t lse, float scale, float strength, int num_threads,
-          const std::optional<std::string>& isa) {
-    set_numbers(&args, out, lse, scale, strength, num_threads, isa);
-    const std::string faults = cpu::attention_faults(args);
-    if (!faults.empty()) input_error(faults);
-    py::gil_scoped_release release;
-    cpu::attention(args);
-}
-
-void attention(const TensorArg& q, const std::optional<TensorArg>& k, const std::optional<TensorArg>& v,
-               const std::optional<TensorArg>& ref_k, const std::optional<TensorArg>& ref_v, uintptr_t out,
-               uintptr_t lse, float scale, int64_t num_frames, int64_t radius, int num_threads,
-               const std::optional<std::string>& isa, float strength) {
-    cpu::AttentionArgs args = fresh_args(q, k, v);
-    args.ref_k = view_of<cpu::View>("ref_k", ref_k, q, "B, R, N, D");
-    args.ref_v = view_of<cpu::View>("ref_v", ref_v, q, "B, R, N, D");
-    args.num_frames = num_frames;
-    args.radius = radius;
-    call(args, out, lse, scale, strength, num_threads, isa);
-}
-
 // A packed tensor [B, N, ...] of contiguous heads, as the view of one that has `rows` rows of `row_size` elements.
 cpu::View packed_view(const std::string& name, const TensorArg& x, const std::string& dtype,
                       const std::vector<int64_t>& shape, int64_t rows, int64_t row_size) {
@@ -80,10 +58,19 @@ cpu::View packed_view(const std::string& name, const TensorArg& x, const std::st
     return {reinterpret_cast<const void*>(x.address), rows, shape[1] * head, row_size, head};
 }
 
-void packed_attention(const TensorArg& q, const std::optional<TensorArg>& k, const std::optional<TensorArg>& v,
-                      const TensorArg& packed_k, const TensorArg& packed_v, const TensorArg& k_scale,
-                      const TensorArg& v_scale, int64_t rows, uintptr_t out, uintptr_t lse, float scale,
-                      int num_threads, const std::optional<std::string>& isa, float strength) {
+}  // namespace
+
+cpu::AttentionArgs plain_args(const TensorArg& q, const OptionalTensor& k, const OptionalTensor& v,
+                              const OptionalTensor& ref_k, const OptionalTensor& ref_v) {
+    cpu::AttentionArgs args = fresh_args(q, k, v);
+    args.ref_k = view_of<cpu::View>("ref_k", ref_k, q, "B, R, N, D");
+    args.ref_v = view_of<cpu::View>("ref_v", ref_v, q, "B, R, N, D");
+    return args;
+}
+
+cpu::AttentionArgs packed_args(const TensorArg& q, const OptionalTensor& k, const OptionalTensor& v,
+                               const TensorArg& packed_k, const TensorArg& packed_v, const TensorArg& k_scale,
+                               const TensorArg& v_scale, int64_t rows) {
     cpu::AttentionArgs args = fresh_args(q, k, v);
     const int64_t b = q.shape[0], n = q.shape[2], d = q.shape[3];
     const std::vector<int64_t> as_rows{b, n, rows, d}, as_pairs{b, n, (rows + 1) / 2, d, 2}, factors{b, n, rows};
@@ -98,6 +85,40 @@ void packed_attention(const TensorArg& q, const std::optional<TensorArg>& k, con
         args.ref_v_scale =
             static_cast<const float*>(packed_view("packed.v_scale", v_scale, "float32", factors, rows, 1).data);
     }
+    return args;
+}
+
+void check(const cpu::AttentionArgs& args) {
+    const std::string faults = cpu::attention_faults(args);
+    if (!faults.empty()) input_error(faults);
+}
+
+namespace {
+
+// The call itself, once its tensors are in place.
+void call(cpu::AttentionArgs& args, uintptr_t out, uintptr_t lse, float scale, float strength, int num_threads,
+          const std::optional<std::string>& isa) {
+    set_numbers(&args, out, lse, scale, strength, num_threads, isa);
+    check(args);
+    py::gil_scoped_release release;
+    cpu::attention(args);
+}
+
+void attention(const TensorArg& q, const std::optional<TensorArg>& k, const std::optional<TensorArg>& v,
+               const std::optional<TensorArg>& ref_k, const std::optional<TensorArg>& ref_v, uintptr_t out,
+               uintptr_t lse, float scale, int64_t num_frames, int64_t radius, int num_threads,
+               const std::optional<std::string>& isa, float strength) {
+    cpu::AttentionArgs args = plain_args(q, k, v, ref_k, ref_v);
+    args.num_frames = num_frames;
+    args.radius = radius;
+    call(args, out, lse, scale, strength, num_threads, isa);
+}
+
+void packed_attention(const TensorArg& q, const std::optional<TensorArg>& k, const std::optional<TensorArg>& v,
+                      const TensorArg& packed_k, const TensorArg& packed_v, const TensorArg& k_scale,
+                      const TensorArg& v_scale, int64_t rows, uintptr_t out, uintptr_t lse, float scale,
+                      int num_threads, const std::optional<std::string>& isa, float strength) {
+    cpu::AttentionArgs args = packed_args(q, k, v, packed_k, packed_v, k_scale, v_scale, rows);
     call(args, out, lse, scale, strength, num_threads, isa);
 }
 

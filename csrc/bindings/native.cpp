@@ -44,5 +44,6 @@ PYBIND11_MODULE(_native, m) {
     bindings::bind_attention(m);
     bindings::bind_attention_backward(m);
     bindings::bind_flow(m);
+    bindings::bind_program(m);
     bindings::bind_cuda_attention(m);
 }

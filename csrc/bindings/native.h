@@ -22,6 +22,7 @@ struct TensorArg {
 void bind_attention(pybind11::module_& m);
 void bind_attention_backward(pybind11::module_& m);
 void bind_flow(pybind11::module_& m);
+void bind_program(pybind11::module_& m);
 void bind_cuda_attention(pybind11::module_& m);
 
 }  // namespace avatar_rt::bindings

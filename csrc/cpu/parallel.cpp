@@ -12,6 +12,16 @@
 namespace avatar_rt::cpu {
 namespace {
 
+// A thread looks for work, or for another's end, before it sleeps: longer than the gap between two kernels of one
+// step, and far shorter than a time slice, so that a machine with other work loses next to nothing.
+std::atomic<int64_t> linear_rows{Schedule{}.linear_rows}, norm_rows{Schedule{}.norm_rows}, spins{Schedule{}.spins};
+
+inline void relax() {
+#if defined(__x86_64__) || defined(_M_X64)
+    __builtin_ia32_pause();
+#endif
+}
+
 class Pool {
   public:
     explicit Pool(pid_t owner) : owner_(owner) {}
@@ -21,22 +31,31 @@ class Pool {
     bool run(int64_t num_tasks, int helpers, const std::function<void(int64_t)>& body) {
         std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
         if (!turn) return false;
+        bool asleep;
         {
             std::lock_guard<std::mutex> lock(mutex_);
             while (static_cast<int>(threads_.size()) < helpers) {
                 const int index = static_cast<int>(threads_.size());
-                threads_.emplace_back([this, index, seen = round_] { serve(index, seen); });
+                threads_.emplace_back([this, index, seen = round_.load()] { serve(index, seen); });
             }
             body_ = &body;
             num_tasks_ = num_tasks;
             next_.store(0, std::memory_order_relaxed);
-            wanted_ = pending_ = helpers;
+            wanted_ = helpers;
+            open_ = true;
             ++round_;
+            asleep = sleepers_ > 0;
         }
-        start_.notify_all();
+        if (asleep) start_.notify_all();
         work();
         std::unique_lock<std::mutex> lock(mutex_);
-        done_.wait(lock, [this] { return pending_ == 0; });
+        // A helper that has not come by now is not waited for: on a busy machine that would be a time slice.
+        open_ = false;
+        if (active_ == 0) return true;
+        lock.unlock();
+        for (int64_t i = spins; i > 0 && active_ != 0; --i) relax();
+        lock.lock();
+        done_.wait(lock, [this] { return active_ == 0; });
         return true;
     }
 
@@ -47,15 +66,19 @@ class Pool {
 
     [[noreturn]] void serve(int index, uint64_t seen) {
         for (;;) {
+            for (int64_t i = spins; i > 0 && round_ == seen; --i) relax();
             {
                 std::unique_lock<std::mutex> lock(mutex_);
+                ++sleepers_;
                 start_.wait(lock, [&] { return round_ != seen; });
+                --sleepers_;
                 seen = round_;
-                if (index >= wanted_) continue;
+                if (!open_ || index >= wanted_) continue;
+                ++active_;
             }
             work();
             std::lock_guard<std::mutex> lock(mutex_);
-            if (--pending_ == 0) done_.notify_one();
+            if (--active_ == 0) done_.notify_one();
         }
     }
 
@@ -66,8 +89,10 @@ class Pool {
     const std::function<void(int64_t)>* body_ = nullptr;
     int64_t num_tasks_ = 0;
     std::atomic<int64_t> next_{0};
-    int wanted_ = 0, pending_ = 0;
-    uint64_t round_ = 0;
+    std::atomic<int> active_{0};
+    std::atomic<uint64_t> round_{0};
+    int wanted_ = 0, sleepers_ = 0;
+    bool open_ = false;
 };
 
 // The pool lives as long as the process: its threads are asleep at exit. A forked child has none of its parent's
@@ -81,6 +106,16 @@ Pool& pool() {
 }
 
 }  // namespace
+
+Schedule schedule() {
+    return {linear_rows, norm_rows, spins};
+}
+
+void set_schedule(const Schedule& wanted) {
+    linear_rows = std::max<int64_t>(wanted.linear_rows, 1);
+    norm_rows = std::max<int64_t>(wanted.norm_rows, 1);
+    spins = std::max<int64_t>(wanted.spins, 0);
+}
 
 void parallel_for(int64_t num_tasks, int num_threads, const std::function<void(int64_t)>& body) {
     const int helpers = static_cast<int>(std::min<int64_t>(num_threads, num_tasks)) - 1;
