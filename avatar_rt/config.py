@@ -190,12 +190,14 @@ class ChunkConfig:
     """Chunking, in latent frames. A chunk is ``overlap`` clean latents of the one before, then new ones.
 
     ``steady`` is the share of what has crept into a chunk's level (``pipeline.schedule.level``) since the first chunk
-    that is taken back; 0 is off.
+    that is taken back; 0 is off. ``ease`` is the share of the step from the last carried latent to the first new one
+    that is taken back there, its square at the next latent, and so on; 0 is off.
     """
 
     latents: int = 21
     overlap: int = 2
     steady: float = 1.0
+    ease: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -334,7 +336,7 @@ PRESETS: dict[str, AvatarConfig] = {
         vae=VAEConfig(base_dim=48, encoder_base_dim=32, dim_mult=(1, 2, 2), num_res_blocks=1,
                       temporal_downsample=(True, True), patch=2, time_kernel=(1, 1, 1)),
         text=TextConfig(dim=64, length=16, buckets=2048),
-        chunk=ChunkConfig(latents=8, overlap=2),
+        chunk=ChunkConfig(latents=8, overlap=2, ease=0.35),
         sampling=SamplingConfig(steps=20, shift=3.0, reference_scale=3.0, audio_scale=2.5),
     ),
     "wan_1_3b": AvatarConfig(

@@ -22,7 +22,7 @@ from training.methods.flow import Bucket, draw_bucket, expected_tokens
 from training.methods.personality import PersonalityMethod, PersonalitySettings
 from training.methods.t2v import T2VMethod, T2VSettings
 from training.methods.windows import Drawer
-from training.recipe import Recipe
+from training.recipe import Recipe, common
 from training.recipes import a2v, personality, t2v
 from training.train import train
 
@@ -239,10 +239,10 @@ def test_conditions_are_dropped_independently_and_together() -> None:
     for x, y in (("a", "b"), ("a", "c"), ("b", "c")):
         both = float((~keep[x] & ~keep[y]).float().mean())
         assert both == pytest.approx(rates[x] * rates[y], abs=0.01)
-    gone = [flow.kept(3, {"a": 0.0, "m": 0.0}, 0.2, g, flow.common(s), apart=("m",)) for s in range(2000)]
+    gone = [flow.kept(3, {"a": 0.0, "m": 0.0}, 0.2, g, common(s), apart=("m",)) for s in range(2000)]
     assert sum(bool((~k["a"]).all()) for k in gone) / 2000 == pytest.approx(0.2, abs=0.03)
     assert all(k["m"].all() and k["a"].all() == k["a"].any() for k in gone)
-    refs = [flow.kept(3, {"r": 0.3}, 0.0, g, flow.common(s), at_once=("r",))["r"] for s in range(2000)]
+    refs = [flow.kept(3, {"r": 0.3}, 0.0, g, common(s), at_once=("r",))["r"] for s in range(2000)]
     assert all(r.all() == r.any() for r in refs) and sum(bool(r[0]) for r in refs) / 2000 == pytest.approx(
         0.7, abs=0.03
     )

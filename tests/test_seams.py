@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
+from small_bundle import CONFIG
 
 from avatar_rt.config import ChunkConfig
 from avatar_rt.errors import InputError
 from avatar_rt.media.writer import VideoWriter
-from avatar_rt.pipeline.schedule import level
+from avatar_rt.models.dit import VideoRefDiT
+from avatar_rt.pipeline.denoise import ChunkState, Conditions, Scene, denoise_chunk
+from avatar_rt.pipeline.reference import ReferenceCache
+from avatar_rt.pipeline.schedule import level, make_schedule
 from bench.quality.seams import main, seam_frames, seams
 
 CHUNK = ChunkConfig(latents=8, overlap=2)
@@ -55,3 +60,34 @@ def test_level_is_of_places_behind_and_of_the_whole_head() -> None:
     drift = torch.randn(1, 4, 1, 8, 8) * kept + torch.randn(1, 4, 1, 1, 1) * (1 - kept)
     assert torch.allclose(z + drift + found - level(z + drift, kept), z, atol=1e-5)
     assert torch.isfinite(level(z, torch.ones_like(kept))).all()
+
+
+@torch.no_grad()
+def test_the_step_across_a_seam_is_eased() -> None:
+    """Of what separates the first new latent from the last carried one, the share ``ease`` is gone; then its square."""
+    torch.manual_seed(0)
+    d, (h, w), keep = CONFIG.dit, CONFIG.latent_size, CONFIG.chunk.overlap
+    dit, empty = VideoRefDiT(d).eval(), torch.zeros(1, d.text_len, d.text_dim)
+    for p in dit.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    cache = ReferenceCache(*dit.encode_reference(torch.randn(1, d.in_channels, 2, h, w), empty))
+    place = Scene(torch.randn(1, d.latent_channels, 1, h, w), torch.ones(1, 1, 1, h, w))
+    schedule = make_schedule(CONFIG.sampling, CONFIG.chunk, 0, has_text=False)
+
+    def chunk(index: int, state: ChunkState, ease: float) -> tuple[torch.Tensor, ChunkState]:
+        plan = schedule.plan(index)
+        frames = 4 * plan.latents - (0 if index else 3)
+        given = Conditions(place, torch.ones(1, frames, d.audio_dim), empty, empty)
+        cfg = dataclasses.replace(CONFIG, chunk=dataclasses.replace(CONFIG.chunk, ease=ease))
+        done = denoise_chunk(dit, cfg, schedule, plan, state, lambda: cache, given)
+        assert done is not None
+        return done[0].latents, done[1]
+
+    first, state = chunk(0, ChunkState(), 0.5)
+    assert torch.equal(first, chunk(0, ChunkState(), 0.0)[0])  # there is no seam before it
+    plain, eased = chunk(1, state, 0.0)[0], chunk(1, state, 0.5)
+    step = first[:, :, -1] - plain[:, :, 0]
+    assert step.abs().mean() > 0.05
+    for k in range(plain.shape[2]):
+        assert torch.allclose(eased[0][:, :, k], plain[:, :, k] + 0.5 ** (k + 1) * step, atol=1e-5)
+    assert torch.equal(eased[1].latents, eased[0][:, :, -keep:])  # what is shown is what is carried on

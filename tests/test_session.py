@@ -373,9 +373,7 @@ def test_an_end_in_the_middle_of_a_chunk_stays_the_end(engine, reference, speech
 # ---- many sessions --------------------------------------------------------------------------------------------------
 
 
-def test_sessions_take_turns_and_give_their_own_frames(
-    engine: AvatarEngine, reference: Reference, speech: np.ndarray, slow: Slow
-) -> None:
+def test_sessions_take_turns_and_give_their_own_frames(engine, reference, speech, slow) -> None:
     order: list[int] = []
     videos: list[list[np.ndarray]] = [[], [], []]
     whole = video_of(open_(engine, reference, overlap=False), speech)  # by the passes that are counted, not recorded

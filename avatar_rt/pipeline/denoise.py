@@ -155,6 +155,10 @@ def denoise_chunk(
             motion = torch.cat([motion[:, :n], ops.flow_step(motion[:, n:], vm[:, n:], t, t_next)], dim=1)
     if state.level is not None:
         z = torch.cat([z[:, :, :n], z[:, :, n:] + cfg.chunk.steady * (state.level - level(z[:, :, n:], scene.kept))], 2)
+    if n and state.latents is not None and cfg.chunk.ease:
+        # The model's own step across a seam is larger than the one from latent to latent within a chunk.
+        fading = cfg.chunk.ease ** torch.arange(1, z.shape[2] - n + 1, device=device).view(1, 1, -1, 1, 1)
+        z = torch.cat([z[:, :, :n], z[:, :, n:] + fading * (z[:, :, n - 1 : n] - z[:, :, n : n + 1])], dim=2)
     keep = cfg.chunk.overlap
     chunk = LatentChunk(z[:, :, n:], None if motion is None else motion[:, n:], plan.start + n)
     return chunk, ChunkState(

@@ -1,4 +1,7 @@
-"""Chunk seams: whether frames differ more across a seam than inside a chunk.
+"""Chunk seams: whether frames differ more across a seam than from latent to latent inside a chunk.
+
+A latent's four frames are decoded together and differ less from each other than from the next latent's; a seam lies
+between two latents, so it is compared with the other such moments.
 
 ``python -m bench.quality.seams VIDEO [--bundle DIR]`` prints the figures of a video made with the bundle's chunks. It
 is no column of the results: only our own chunking has known seams.
@@ -28,15 +31,17 @@ class Seams:
 
     Attributes:
         count: Seams in the video.
-        seam, inside: Median difference across a seam and within a chunk.
-        excess: Share of pairs (a seam, a moment inside) where the seam's is larger, less 1/2: 0 where seams are as any
-            other moment, 1/2 where every seam stands out.
+        seam, inside: Median difference across a seam, and from latent to latent within a chunk.
+        within: Median difference of frames of one latent.
+        excess: Share of pairs (a seam, such a moment inside) where the seam's is larger, less 1/2: 0 where seams are as
+            any other, 1/2 where every seam stands out.
         low, high: Its 95 % interval by resampling.
     """
 
     count: int
     seam: float
     inside: float
+    within: float
     excess: float
     low: float
     high: float
@@ -68,19 +73,26 @@ def seams(change: np.ndarray, chunk: ChunkConfig) -> Seams:
     starts = seam_frames(chunk, len(change) + 1)
     if len(starts) < 3:
         raise InputError(f"seams: expected a video of at least 4 chunks, got {len(change) + 1} frames")
-    at = np.zeros(len(change), bool)
+    at, between = np.zeros((2, len(change)), bool)
     at[starts - 1] = True
+    between[::4] = True  # the first latent holds one frame, each later one four
     rng = np.random.default_rng(_SEED)
 
     def share(seam: np.ndarray, inside: np.ndarray) -> float:
         a, b = rng.choice(seam, _PAIRS), rng.choice(inside, _PAIRS)
         return float((a > b).mean() + (a == b).mean() / 2 - 0.5)
 
-    seam, inside = change[at], change[~at]
+    seam, inside = change[at], change[between & ~at]
     draws = [share(rng.choice(seam, len(seam)), rng.choice(inside, len(inside))) for _ in range(400)]
     low, high = np.quantile(draws, (0.025, 0.975))
     return Seams(
-        len(seam), float(np.median(seam)), float(np.median(inside)), share(seam, inside), float(low), float(high)
+        len(seam),
+        float(np.median(seam)),
+        float(np.median(inside)),
+        float(np.median(change[~between])),
+        share(seam, inside),
+        float(low),
+        float(high),
     )
 
 
