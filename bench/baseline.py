@@ -26,6 +26,7 @@ from avatar_rt.models.dit import VideoRefDiT, velocity_of, with_masks
 from avatar_rt.models.layers import Block, Head, linear_fp32
 from avatar_rt.models.vae import VideoVAE
 from avatar_rt.models.vae_blocks import FrameAttention, ResidualBlock, Upsample, unfold_patch
+from avatar_rt.pipeline.denoise import ChunkState, settle
 from avatar_rt.pipeline.reference import ReferenceContext
 from avatar_rt.pipeline.schedule import Schedule
 from avatar_rt.session import Reference
@@ -288,7 +289,7 @@ class Plain:
 
     def frames(self, reference: Reference, wave: np.ndarray, schedule: Schedule, total: int) -> Iterator[np.ndarray]:
         """Frames uint8 [n, H, W, 3] chunk by chunk, as ``Session.frames`` gives them."""
-        carried: tuple[Tensor, Tensor | None, Tensor | None] | None = None
+        carried: ChunkState | None = None
         decoder, index, emitted = None, 0, 0
         autocast = functools.partial(
             torch.autocast, self.engine.device.type, self.dtype, enabled=self.dtype != torch.float32
@@ -329,9 +330,9 @@ class Plain:
         motion = schedule.noise(plan, 1, (d.motion_dim,)).to(device)[None] if d.motion_dim else None
         anchor = with_masks(reference.scene.latent, d, reference.scene.kept, 0)
         if carried is not None:
-            anchor = with_masks(carried[0], d, 1, 0)
-            z = torch.cat([carried[1], z[:, :, n:]], 2)
-            motion = None if motion is None else torch.cat([carried[2], motion[:, n:]], 1)
+            anchor = with_masks(carried.anchor, d, 1, 0)
+            z = torch.cat([carried.latents, z[:, :, n:]], 2)
+            motion = None if motion is None else torch.cat([carried.motion, motion[:, n:]], 1)
         mask = torch.zeros(1, 1, plan.latents, 1, 1, device=device)
         mask[:, :, :n] = 1
         kv = (reference.cache.k, reference.cache.v)
@@ -350,6 +351,7 @@ class Plain:
             z = torch.cat([z[:, :, :n], z[:, :, n:] + (t_next - t) * v[:, :, n:]], 2)
             if motion is not None and vm is not None:
                 motion = torch.cat([motion[:, :n], motion[:, n:] + (t_next - t) * vm[:, n:]], 1)
+        z, held = settle(z, n, ChunkState() if carried is None else carried, cfg.chunk, reference.scene.kept)
         keep = z.shape[2] - cfg.chunk.overlap
-        first = z[:, :, :1] if carried is None else carried[0]
-        return z[:, :, n:], (first, z[:, :, keep:], None if motion is None else motion[:, keep:])
+        anchor = z[:, :, :1] if carried is None else carried.anchor
+        return z[:, :, n:], ChunkState(anchor, z[:, :, keep:], None if motion is None else motion[:, keep:], held)

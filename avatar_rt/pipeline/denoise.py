@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from avatar_rt import ops
-from avatar_rt.config import AvatarConfig
+from avatar_rt.config import AvatarConfig, ChunkConfig
 from avatar_rt.models.dit import VideoRefDiT, with_masks
 from avatar_rt.models.guided import GuidedDiT, Pass
 from avatar_rt.pipeline.reference import ReferenceCache
@@ -115,6 +115,20 @@ def _guidance(
     return in_turn
 
 
+def settle(z: Tensor, n: int, state: ChunkState, chunk: ChunkConfig, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """A chunk's latents [1, C, T, h, w] as they are shown and carried on: held at the first chunk's level, and eased in
+    after the ``n`` carried ones. Also the level [1, C, 1, h, w] that the next chunk is held at."""
+    if state.level is None:  # the first latent holds one frame and looks unlike the others
+        return z, level(z[:, :, min(1, z.shape[2] - 1) :], kept)
+    old, new = z[:, :, :n], z[:, :, n:]
+    new = new + chunk.steady * (state.level - level(new, kept))
+    if n and chunk.ease:
+        # The model's own step across a seam is larger than the one from latent to latent within a chunk.
+        fading = chunk.ease ** torch.arange(1, new.shape[2] + 1, device=z.device).view(1, 1, -1, 1, 1)
+        new = new + fading * (old[:, :, -1:] - new[:, :, :1])
+    return torch.cat([old, new], dim=2), state.level
+
+
 @stage("denoise")
 def denoise_chunk(
     dit: VideoRefDiT | GuidedDiT,
@@ -153,18 +167,12 @@ def denoise_chunk(
         z = torch.cat([z[:, :, :n], ops.flow_step(z[:, :, n:], v[:, :, n:], t, t_next)], dim=2)
         if motion is not None and vm is not None:
             motion = torch.cat([motion[:, :n], ops.flow_step(motion[:, n:], vm[:, n:], t, t_next)], dim=1)
-    if state.level is not None:
-        z = torch.cat([z[:, :, :n], z[:, :, n:] + cfg.chunk.steady * (state.level - level(z[:, :, n:], scene.kept))], 2)
-    if n and state.latents is not None and cfg.chunk.ease:
-        # The model's own step across a seam is larger than the one from latent to latent within a chunk.
-        fading = cfg.chunk.ease ** torch.arange(1, z.shape[2] - n + 1, device=device).view(1, 1, -1, 1, 1)
-        z = torch.cat([z[:, :, :n], z[:, :, n:] + fading * (z[:, :, n - 1 : n] - z[:, :, n : n + 1])], dim=2)
+    z, held = settle(z, n, state, cfg.chunk, scene.kept)
     keep = cfg.chunk.overlap
     chunk = LatentChunk(z[:, :, n:], None if motion is None else motion[:, n:], plan.start + n)
     return chunk, ChunkState(
         anchor=z[:, :, :1] if state.anchor is None else state.anchor,
         latents=z[:, :, z.shape[2] - keep :],
         motion=None if motion is None else motion[:, motion.shape[1] - keep :],
-        # The first latent holds one frame and looks unlike the others.
-        level=state.level if state.level is not None else level(z[:, :, min(1, z.shape[2] - 1) :], scene.kept),
+        level=held,
     )

@@ -14,12 +14,17 @@ Which degraded system must score worse than the true video (``REACTS``)::
     drift_sync               -        -       -         -         -      only for videos whose sync runs away
 
 A frozen picture drifts least of all; it is told by motion_energy.
+
+``python -m bench.quality.drift VIDEO --reference REF`` prints the slopes of one video with their intervals.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -27,8 +32,12 @@ from scipy.stats import theilslopes
 
 from avatar_rt.config import FPS
 from avatar_rt.errors import InputError
+from avatar_rt.media.reader import read_video
 from bench.quality.clip import Case, Clip, Faces
 from bench.quality.context import Context
+from bench.quality.embedders import open_embedder
+from bench.quality.faces import find_faces
+from bench.quality.identity import embed, mean_embedding, sampled
 from bench.quality.leakage import person
 from bench.quality.measure import Measure
 from bench.quality.visual import face_pictures, grey, sharpness
@@ -135,3 +144,27 @@ def values(found: Mapping[str, Slope]) -> dict[str, float]:
 def measure(case: Case, video: Clip, faces: Faces, context: Context) -> dict[str, float]:
     """MEASURES of a video; identity and sync are NaN where no earlier module put them into ``context.series``."""
     return values(slopes(video, faces, context.series))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.quality.drift", description="Slopes of one video.")
+    parser.add_argument("video", type=Path)
+    parser.add_argument("--reference", type=Path, required=True, help="video of the person")
+    a = parser.parse_args(arguments)
+    embedder, series = open_embedder(), {}
+    frames = read_video(a.reference).frames
+    person_seen = mean_embedding(embed(frames, find_faces(frames), embedder))
+    frames = read_video(a.video).frames
+    faces = find_faces(frames)
+    count = max(2 * len(frames) // FPS, 2)  # two embeddings a second
+    series["identity"] = np.full(len(frames), np.nan)
+    series["identity"][sampled(len(frames), count)] = embed(frames, faces, embedder, count) @ person_seen
+    found = slopes(Clip(frames, None), faces, series)
+    for name, s in found.items():
+        print(f"{name}: {s.value:+.3f} in 10 s ({s.low:+.3f} to {s.high:+.3f})" + (" *" if s.significant else ""))
+    print(json.dumps(values(found) | {"slopes": {k: asdict(s) for k, s in found.items()}}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
