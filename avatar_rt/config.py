@@ -336,7 +336,7 @@ PRESETS: dict[str, AvatarConfig] = {
         vae=VAEConfig(base_dim=48, encoder_base_dim=32, dim_mult=(1, 2, 2), num_res_blocks=1,
                       temporal_downsample=(True, True), patch=2, time_kernel=(1, 1, 1)),
         text=TextConfig(dim=64, length=16, buckets=2048),
-        chunk=ChunkConfig(latents=8, overlap=2, ease=0.5),
+        chunk=ChunkConfig(latents=8, overlap=2, ease=0.55),
         sampling=SamplingConfig(steps=20, shift=3.0, reference_scale=3.0, audio_scale=2.5),
     ),
     "wan_1_3b": AvatarConfig(

@@ -302,8 +302,14 @@ class AvatarEngine:
         config = hashlib.sha256(self.config.to_json().encode()).hexdigest()
         return facts | {
             "reference": reference.content, "weights": self.bundle.weights_hash, "config": config,
-            "dtype": str(self.dtype), "device": self.device.type, "torch": torch.__version__,
+            "dtype": str(self.dtype), "device": self.device.type, "torch": torch.__version__, "way": self._way(),
         }  # fmt: skip
+
+    def _way(self) -> str:
+        """How the networks are run: ways differ by rounding, so a run goes on only the way it began."""
+        mesh = getattr(getattr(self.dit, "spread", None), "mesh", None)
+        ranks = f", {mesh.ulysses} x {mesh.ring} ranks" if mesh is not None else ""
+        return f"{type(self.dit).__name__}, {type(self.vae).__name__}, {self.settings}{ranks}"
 
 
 def _fit(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -98,6 +98,31 @@ def test_a_lost_rank_ends_the_run(rank: int, bundle: str, tmp_path: Path) -> Non
         assert not out.exists()
 
 
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks' processes in /proc")
+def test_what_a_lost_rank_leaves_can_be_gone_on_with(bundle: str, tmp_path: Path) -> None:
+    """The same frames as without the loss, on as many ranks; on another number the run is refused."""
+    out, whole = tmp_path / "lost.mp4", tmp_path / "whole.mp4"
+    options = ("--steps", "12", "--seconds", "3")
+    run = _torchrun(*GIVEN, bundle, "-o", str(out), *options)
+    record = out.with_name(out.name + ".resume")
+    try:
+        while not record.exists():
+            assert run.poll() is None, run.communicate()[0]
+            time.sleep(0.02)
+        os.kill(_process_of_rank(run.pid, 1), signal.SIGKILL)
+        told = run.communicate(timeout=60)[0]
+    finally:
+        run.terminate()
+        run.wait(timeout=60)
+    assert run.returncode != 0 and record.exists() and not out.exists(), told
+    assert main(["generate", *GIVEN, bundle, "-o", str(out), *options, "--resume"]) == 2
+    for path, more in ((out, ["--resume"]), (whole, [])):
+        run = _torchrun(*GIVEN, bundle, "-o", str(path), *options, *more)
+        told = run.communicate(timeout=200)[0]
+        assert run.returncode == 0, told
+    assert out.read_bytes() == whole.read_bytes()
+
+
 def test_a_rank_that_hangs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two heartbeats of one store: while both beat all is well; when one stops, the other says which."""
     monkeypatch.setattr(team, "BEAT_S", 0.02)
