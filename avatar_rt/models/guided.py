@@ -304,7 +304,7 @@ class GuidedChunk:
         at = torch.cat([t, t.new_zeros(1, 1)], 1) if self.anchor is not None else t
         embeddings = {}
         for n, with_motion in enumerate(self.groups):
-            e, e6 = g.time(at, motion if with_motion else None, self.frames)
+            e, e6 = g.time(at, motion if with_motion or motion is None else torch.zeros_like(motion), self.frames)
             embeddings[with_motion] = e[: self.frames]
             torch.add(g.table[:, None], e6, out=self.modulation[:, n * times : (n + 1) * times])
         for p, given in enumerate(self.passes):

@@ -100,12 +100,12 @@ def _guidance(
 
     def in_turn(latents: Tensor, t: Tensor, motion: Tensor | None) -> tuple[Tensor, Tensor | None]:
         v = torch.zeros((), device=latents.device)
-        vm = None if motion is None else torch.zeros_like(motion)
+        absent = vm = None if motion is None else torch.zeros_like(motion)  # zeros are what training drops motion for
         for p, ref in zip(passes, references(), strict=True):
             with stage("denoise.pass"):
                 dv, dm = dit(
                     latents, t, p.text, p.audio, anchor=anchor, anchor_t=t.new_zeros(1),
-                    motion=motion if p.motion else None, **_rows(ref), strength=schedule.reference_strength,
+                    motion=motion if p.motion else absent, **_rows(ref), strength=schedule.reference_strength,
                 )  # fmt: skip
             v = v + p.weight * dv
             if vm is not None and p.motion_weight:
