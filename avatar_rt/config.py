@@ -203,11 +203,16 @@ class ChunkConfig:
 @dataclass(frozen=True)
 class SamplingConfig:
     """Defaults of a request: solver steps, flow shift, guidance scales (1 is off; inner guidance of the motion stream:
-    0 is off), and the factor on the reference's attention weights (1 as trained, 0 as without a reference)."""
+    0 is off), and the factor on the reference's attention weights (1 as trained, 0 as without a reference).
+
+    ``carried_scale`` is the most that ``reference_scale`` may be in a chunk that continues another: its carried latents
+    show the person already, and guidance towards the reference drives their colours further away chunk by chunk.
+    """
 
     steps: int = 24
     shift: float = 5.0
     reference_scale: float = 1.0
+    carried_scale: float = 1.0
     audio_scale: float = 1.0
     text_scale: float = 1.0
     motion_scale: float = 0.0

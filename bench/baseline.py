@@ -340,7 +340,7 @@ class Plain:
             frames_t = torch.full((1, plan.latents), t, device=device)
             frames_t[:, :n] = 0
             v, vm = torch.zeros_like(z), None if motion is None else torch.zeros_like(motion)
-            for p in schedule.passes:
+            for p in schedule.passes_of(plan):
                 seen: dict[str, Any] = {}
                 if p.reference:
                     seen = {"kv": kv} if self.cached else {"ref": reference.context}

@@ -69,7 +69,7 @@ class Case:
         module = getattr(dit, "dit", dit)
         kept = self.cache(module, packed)
         reference = (lambda: kept) if packed else (lambda: self.cache(module, False))
-        call = _guidance(dit, self.schedule, self.anchor, self.frames, reference, self.given)
+        call = _guidance(dit, self.schedule, self.schedule.passes, self.anchor, self.frames, reference, self.given)
         for _ in range(steps):
             result = call(self.latents, self.t, self.motion)
         return result

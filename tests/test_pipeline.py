@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -98,3 +99,16 @@ def test_blanked_head_leaves_the_place() -> None:
     mask = latent_mask(kept, 8, 8)
     assert mask.shape == (8, 8) and not mask[4, 4] and mask[7, 0]
     assert kept.reshape(8, 8, 8, 8).all((1, 3))[mask].all()
+
+
+def test_a_continued_chunk_is_not_driven_towards_the_reference_again() -> None:
+    """The first chunk has every pass; a later one less reference guidance, and as much audio."""
+    sampling = SamplingConfig(reference_scale=3.0, audio_scale=2.5)
+    schedule = make_schedule(sampling, ChunkConfig(8, 2), 0, has_text=False)
+    assert [(p.weight, p.reference, p.audio) for p in schedule.passes_of(schedule.plan(0))] == [
+        (-2.0, False, False), (0.5, True, False), (2.5, True, True),
+    ]  # fmt: skip
+    later = [(p.weight, p.reference, p.audio) for p in schedule.passes_of(schedule.plan(1))]
+    assert later == [(-1.5, True, False), (2.5, True, True)]
+    free = make_schedule(dataclasses.replace(sampling, carried_scale=5.0), ChunkConfig(8, 2), 0, has_text=False)
+    assert free.passes_of(free.plan(1)) == free.passes

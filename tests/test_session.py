@@ -154,16 +154,16 @@ def test_stats_tell_of_each_chunk_and_its_sound(engine: AvatarEngine, reference:
 
 
 def test_a_slow_consumer_stops_generation(engine, reference, speech, slow) -> None:
-    per_chunk = len(open_(engine, reference).schedule.passes)
     session = open_(engine, reference)
+    first, later = len(session.schedule.passes), len(session.schedule.carried_passes)
     session.push_audio(np.tile(speech, 3))
     frames = session.frames()
     next(frames)
-    until(lambda: slow.steps >= (1 + AHEAD) * per_chunk)
+    until(lambda: slow.steps >= first + AHEAD * later)
     time.sleep(0.3)
-    assert slow.steps == (1 + AHEAD) * per_chunk and len(session._stream._made) == AHEAD
+    assert slow.steps == first + AHEAD * later and len(session._stream._made) == AHEAD
     next(frames)
-    until(lambda: slow.steps >= (2 + AHEAD) * per_chunk)
+    until(lambda: slow.steps >= first + (1 + AHEAD) * later)
     frames.close()
 
 

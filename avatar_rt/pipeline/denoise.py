@@ -15,7 +15,7 @@ from avatar_rt.config import AvatarConfig, ChunkConfig
 from avatar_rt.models.dit import VideoRefDiT, with_masks
 from avatar_rt.models.guided import GuidedDiT, Pass
 from avatar_rt.pipeline.reference import ReferenceCache
-from avatar_rt.pipeline.schedule import ChunkPlan, Schedule, level
+from avatar_rt.pipeline.schedule import ChunkPlan, GuidancePass, Schedule, level
 from avatar_rt.runtime.trace import stage
 
 
@@ -77,6 +77,7 @@ def _rows(ref: tuple[Any, ...] | None) -> dict[str, Any]:
 def _guidance(
     dit: Any,
     schedule: Schedule,
+    wanted: tuple[GuidancePass, ...],
     anchor: Tensor,
     frames: int,
     reference: Callable[[], ReferenceCache],
@@ -88,7 +89,7 @@ def _guidance(
             p.weight, p.motion_weight, given.text if p.text else given.empty_text, given.audio if p.audio else None,
             p.reference, p.motion,
         )
-        for p in schedule.passes
+        for p in wanted
     )  # fmt: skip
 
     def references() -> tuple[Any, ...]:
@@ -156,7 +157,7 @@ def denoise_chunk(
     carried[:, :, :n] = 1
     scene = given.scene
     anchor = with_masks(scene.latent, d, scene.kept, 0) if state.anchor is None else with_masks(state.anchor, d, 1, 0)
-    velocity = _guidance(dit, schedule, anchor, plan.latents, reference, given)
+    velocity = _guidance(dit, schedule, schedule.passes_of(plan), anchor, plan.latents, reference, given)
     for t, t_next in pairwise(schedule.times):
         if cancelled():
             return None

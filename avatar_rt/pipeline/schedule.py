@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -72,6 +72,11 @@ class Schedule:
     chunk: ChunkConfig
     seed: int
     reference_strength: float = 1.0
+    carried_passes: tuple[GuidancePass, ...] = ()
+
+    def passes_of(self, plan: ChunkPlan) -> tuple[GuidancePass, ...]:
+        """The guidance passes of a chunk: a continued one has its own, where the schedule has them."""
+        return self.carried_passes if plan.overlap and self.carried_passes else self.passes
 
     def plan(self, index: int) -> ChunkPlan:
         """The ``index``-th chunk of an endless timeline; every chunk has the same length."""
@@ -102,4 +107,8 @@ def level(latents: Tensor, kept: Tensor) -> Tensor:
 def make_schedule(sampling: SamplingConfig, chunk: ChunkConfig, seed: int, *, has_text: bool) -> Schedule:
     """Raises InputError on an impossible number of steps."""
     times = flow_times(sampling.steps, sampling.shift)
-    return Schedule(tuple(times), guidance_passes(sampling, has_text), chunk, seed, sampling.reference_strength)
+    carried = replace(sampling, reference_scale=min(sampling.reference_scale, sampling.carried_scale))
+    return Schedule(
+        tuple(times), guidance_passes(sampling, has_text), chunk, seed, sampling.reference_strength,
+        guidance_passes(carried, has_text),
+    )  # fmt: skip
