@@ -9,13 +9,13 @@ from fractions import Fraction
 import av
 import numpy as np
 from av.video.frame import PictureType
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 
 from avatar_rt.config import FPS
 from avatar_rt.errors import InputError
+from avatar_rt.media.writer import add_video, check_frames, check_size, to_picture
 
-# No frame waits for a later one; one thread, because x264's result depends on their number.
-_X264 = {"preset": "veryfast", "tune": "zerolatency", "crf": "20", "threads": "1"}
+# No frame waits for a later one.
+_OPTIONS = {"preset": "veryfast", "tune": "zerolatency", "crf": "20"}
 # A muxer per chunk, whose fragment begins at the chunk's own time: nothing of a chunk is held back for the next one.
 _MUXER = {
     "movflags": "frag_custom+empty_moov+default_base_moof+frag_discont+skip_trailer",
@@ -41,19 +41,11 @@ class FragmentWriter:
     """
 
     def __init__(self, size: tuple[int, int], rate: int, fps: int = FPS) -> None:
-        height, width = size
-        if height < 2 or width < 2 or height % 2 or width % 2:
-            raise InputError(f"size: expected an even height and width, got {height}x{width}")
-        self.size, self.rate, self.fps = size, rate, fps
+        self.size, self.rate, self.fps = check_size(size), rate, Fraction(fps)
         self._frames = self._samples = 0
         # Only holds the encoders; what it writes of a header is thrown away.
         self._encoders = av.open(io.BytesIO(), "w", format="mp4", options={"movflags": "empty_moov"})
-        video = self._video = self._encoders.add_stream("libx264", rate=fps, options=dict(_X264))
-        video.height, video.width, video.pix_fmt = height, width, "yuv420p"
-        context = video.codec_context
-        context.time_base = Fraction(1, fps)
-        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
-        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        self._video = add_video(self._encoders, size, self.fps, _OPTIONS)
         self._audio = self._encoders.add_stream("aac", rate=rate, layout="mono")
         self._audio.bit_rate = 96_000
         self._encoders.start_encoding()
@@ -65,18 +57,15 @@ class FragmentWriter:
 
     def write(self, frames: np.ndarray, sound: np.ndarray) -> bytes:
         """The fragment of a chunk: uint8 [n, H, W, 3] RGB with n > 0, and their sound fp32 [n * rate / fps]."""
-        count = len(frames) * self.rate // self.fps
-        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (*self.size, 3) or not len(frames):
-            expected = f"uint8 [n, {self.size[0]}, {self.size[1]}, 3]"
-            raise InputError(f"frames: expected {expected}, got {frames.dtype} {list(frames.shape)}")
+        check_frames(frames, self.size)
+        if not len(frames):
+            raise InputError("frames: expected uint8 frames, at least one, got none")
+        count = int(len(frames) * self.rate / self.fps)
         if sound.shape != (count,):
             raise InputError(f"sound: expected [{count}], got {list(sound.shape)}")
         packets = []
         for i, rgb in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24").reformat(
-                format="yuv420p", dst_colorspace=Colorspace.ITU709, threads=1, interpolation=Interpolation.BILINEAR
-            )
-            frame.pts, frame.time_base = self._frames, Fraction(1, self.fps)
+            frame = to_picture(rgb, self._frames, self.fps)
             if i == 0:
                 frame.pict_type = PictureType.I
             packets += self._video.encode(frame)

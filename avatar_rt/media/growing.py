@@ -22,7 +22,7 @@ from avatar_rt.errors import InputError
 from avatar_rt.media.writer import SoundTrack, add_video, check_frames, check_size, publish, to_picture
 
 # No B-frames: every picture is shown when it is decoded, so that a fragment's times need nothing of its neighbours.
-_X264 = {"crf": "12", "preset": "medium", "threads": "1", "bf": "0"}
+_OPTIONS = {"crf": "14", "preset": "medium", "bf": "0"}
 _FRAGMENT = {
     "movflags": "empty_moov+frag_custom+default_base_moof+frag_discont+skip_trailer",
     "avoid_negative_ts": "disabled",  # a fragment begins at its own time, not at zero
@@ -119,7 +119,7 @@ class GrowingVideo:
         shown = self.mark.frames + len(frames)
         self._encode_sound(shown)
         with av.open(io.BytesIO(), "w", format="mp4", options=dict(_FRAGMENT)) as container:
-            video = add_video(container, self.size, self.fps, _X264)
+            video = add_video(container, self.size, self.fps, _OPTIONS)
             container.start_encoding()  # opens the encoder, whose parameters the muxers copy
             pictures = []
             for i, rgb in enumerate(frames):
@@ -134,7 +134,7 @@ class GrowingVideo:
         self._encode_sound(self.mark.frames, last=True)
         if self._packets:
             with av.open(io.BytesIO(), "w", format="mp4", options=dict(_FRAGMENT)) as container:
-                video = add_video(container, self.size, self.fps, _X264)
+                video = add_video(container, self.size, self.fps, _OPTIONS)
                 container.start_encoding()
                 self._append(video, [], self.mark.frames)
 

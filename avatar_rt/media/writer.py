@@ -23,8 +23,10 @@ from avatar_rt.errors import InputError
 EXTENSIONS = (".mp4", ".mov", ".mkv")
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 _AAC_BLOCK = 1024
-# One encoder thread: with two, one file in some hundred comes out with other bytes.
-_X264 = {"crf": "16", "preset": "medium", "threads": "1"}
+X264 = {"threads": "1", "x264-params": "mbtree=0"}
+"""For the same bytes every time: x264's macroblock tree reads memory that nobody wrote, and one fragment in some
+hundred comes out otherwise; and what it makes depends on the number of threads."""
+_OPTIONS = {"crf": "18", "preset": "medium"}
 
 
 def check_output(path: str | os.PathLike[str], extensions: tuple[str, ...] = EXTENSIONS) -> Path:
@@ -114,7 +116,7 @@ class VideoWriter:
     def _open(self) -> None:
         # bitexact: no random identifiers and no dates in the file.
         self._container = av.open(f"file:{self._part}", "w", container_options={"fflags": "+bitexact"})
-        self._video = add_video(self._container, self.size, self.fps, _X264)
+        self._video = add_video(self._container, self.size, self.fps, _OPTIONS)
         if self._given is not None:
             samples, rate = self._given
             self._sound = SoundTrack(self._container, samples.shape[1], rate)
@@ -175,8 +177,8 @@ def check_frames(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def add_video(container: OutputContainer, size: tuple[int, int], fps: Fraction, options: dict[str, str]) -> VideoStream:
-    """An h264 stream in BT.709 colours for pictures of the size."""
-    video = container.add_stream("libx264", rate=fps, options=dict(options))
+    """An h264 stream in BT.709 colours for pictures of the size; ``options`` are the encoder's, besides ``X264``."""
+    video = container.add_stream("libx264", rate=fps, options=X264 | options)
     video.height, video.width = size
     video.pix_fmt = "yuv420p"
     context = video.codec_context
