@@ -20,6 +20,7 @@ import torch
 from avatar_rt.config import FPS, PRESETS, AvatarConfig, DiTConfig, preset
 from avatar_rt.errors import AvatarError, InputError
 from avatar_rt.models.dit import VideoRefDiT
+from avatar_rt.runtime.hardware import PEAKS, Peaks
 from avatar_rt.runtime.parallel import Mesh, split_rows
 from avatar_rt.runtime.traffic import pass_bytes, reference_bytes
 
@@ -27,22 +28,14 @@ BF16 = 2  # bytes
 
 
 @dataclass(frozen=True)
-class Hardware:
-    """One GPU and its links. Peaks are the vendor's (dense bf16; bytes one way); the fractions are assumptions.
+class Hardware(Peaks):
+    """One GPU and its links, and what is assumed of them.
 
     Attributes:
-        tflops: Peak of matrix products.
-        memory_gb: Where weights and a rank's part of the reference must fit, with a tenth left for the rest.
-        link_gbs, network_gbs: One way to GPUs of the same machine, and to another machine, per GPU.
-        link_us, network_us: Latency of one operation.
+        link_us, network_us: Latency of one operation between GPUs of one machine, and of two.
         matmul, attention, link: Fractions of the peaks that are reached.
     """
 
-    tflops: float
-    memory_gb: float
-    link_gbs: float
-    network_gbs: float
-    per_machine: int = 8
     link_us: float = 15.0
     network_us: float = 30.0
     matmul: float = 0.7
@@ -50,11 +43,7 @@ class Hardware:
     link: float = 0.8
 
 
-HARDWARE = {
-    "a100": Hardware(tflops=312, memory_gb=80, link_gbs=300, network_gbs=25),
-    "h100": Hardware(tflops=989, memory_gb=80, link_gbs=450, network_gbs=50),
-    "b200": Hardware(tflops=2250, memory_gb=180, link_gbs=900, network_gbs=50),
-}
+HARDWARE = {name: Hardware(**asdict(peaks)) for name, peaks in PEAKS.items()}
 
 
 @dataclass(frozen=True)
@@ -135,13 +124,13 @@ def model_pass(cfg: DiTConfig, work: Work, mesh: Mesh, hw: Hardware) -> Pass:
     rows, part = counts[0], sum(counts[: mesh.ulysses])
     parts = [sum(counts[r] for r in ranks) for ranks in mesh.ulysses_groups]
     video_rows = min(rows, work.frames * (work.patches + bool(cfg.motion_dim)))
-    matmul, attention = hw.tflops * 1e12 * hw.matmul, hw.tflops * 1e12 * hw.attention
-    near = mesh.ulysses <= hw.per_machine
-    ring_near = mesh.world <= hw.per_machine
+    matmul, attention = hw.peak * hw.matmul, hw.peak * hw.attention
+    near = mesh.ulysses <= hw.per_node
+    ring_near = mesh.world <= hw.per_node
 
     def travel(size: float, close: bool) -> float:
-        rate, delay = (hw.link_gbs, hw.link_us) if close else (hw.network_gbs, hw.network_us)
-        return delay * 1e-6 + size / (rate * 1e9 * hw.link)
+        rate, delay = (hw.nvlink, hw.link_us) if close else (hw.network, hw.network_us)
+        return delay * 1e-6 + size / (rate * hw.link)
 
     head_bytes = cfg.dim * BF16 // mesh.ulysses
     there = travel(rows * (mesh.ulysses - 1) * head_bytes, near)
@@ -192,7 +181,7 @@ def best_pass(cfg: DiTConfig, work: Work, gpus: int, hw: Hardware) -> tuple[Pass
     degrees = [u for u in range(1, gpus + 1) if gpus % u == 0 and cfg.num_heads % u == 0]
     if gpus < 1 or work.rows(cfg) < gpus:
         raise InputError(f"gpus: expected 1 to {work.rows(cfg)}, got {gpus}")
-    room = 0.9e9 * hw.memory_gb - weights_bytes(cfg)
+    room = 0.9 * hw.memory - weights_bytes(cfg)
     fits = [u for u in degrees if kept_bytes(cfg, work, u) <= room]
     found = [model_pass(cfg, work, Mesh(u, gpus // u, 0, gpus), hw) for u in fits or degrees]
     return min(found, key=lambda p: p.seconds), bool(fits)
@@ -242,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     cfg, hw = preset(args.preset), HARDWARE[args.hardware]
     for name in ("matmul", "attention"):
         measured = getattr(args, f"{name}_tflops")
-        hw = hw if measured is None else replace(hw, **{name: measured / hw.tflops})
+        hw = hw if measured is None else replace(hw, **{name: measured * 1e12 / hw.peak})
     work = work_of(cfg, args.reference_seconds)
     try:
         rows = table(cfg, work, args.gpus, hw)

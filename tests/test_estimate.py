@@ -278,7 +278,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "DOES NOT FIT" in capsys.readouterr().out
     for wrong, told in ((["--gpus", "12"], "gpus: expected 1..8 or a multiple of 8, got 12"),
                         (["--ulysses", "3"], "ulysses: expected a divisor of 8 GPUs and of 40 heads"),
-                        (["--gpu", "abacus"], "gpu: expected one of h100, h200, b200"),
+                        (["--gpu", "abacus"], "gpu: expected one of a100, h100, h200, b200"),
                         (["--height", "500"], "expected multiples of 16, got 500 and 896"),
                         (["--linear", "1.5"], "expected above 0 and up to 1")):  # fmt: skip
         assert main(wrong) == 2

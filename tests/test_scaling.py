@@ -62,8 +62,8 @@ def test_one_gpu_sends_nothing_and_many_send_what_the_formula_says() -> None:
 
 def test_slow_links_are_waited_for_and_fast_ones_are_not() -> None:
     work = work_of(TAVR, 10)
-    fast = dataclasses.replace(H100, link_gbs=1e9, network_gbs=1e9, link_us=0, network_us=0)
-    slow = dataclasses.replace(H100, link_gbs=0.1, network_gbs=0.1)
+    fast = dataclasses.replace(H100, nvlink=1e18, network=1e18, link_us=0, network_us=0)
+    slow = dataclasses.replace(H100, nvlink=1e8, network=1e8)
     for mesh in (Mesh(8, 1, 0, 8), Mesh(1, 8, 0, 8), Mesh(8, 8, 0, 64)):
         assert model_pass(TAVR.dit, work, mesh, fast).waiting < 1e-3
         crawling = model_pass(TAVR.dit, work, mesh, slow)

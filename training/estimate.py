@@ -15,12 +15,9 @@ Nothing runs: FLOPs, kept bytes and parameters come from training/cost.py, the r
 - Muon's matrices are dealt out over the GPUs, gathered and returned in the compute dtype; five Newton-Schulz
   iterations run at ``linear`` of the peak.
 
-Peak rates are the makers': dense bf16 FLOP/s, bytes, bytes/s of memory, of NVLink in one direction, of one network card
-per GPU. H100 SXM5 and H200: NVIDIA's H100 and H200 Tensor Core GPU data sheets (989 TFLOP/s; 80 GB at 3.35 TB/s, 141 GB
-at 4.8 TB/s; NVLink 900 GB/s both ways; NDR InfiniBand 400 Gb/s in a DGX). B200: DGX B200 data sheet, an eighth of the
-system (36 PFLOP/s fp8 sparse is 2.25 bf16 dense each; 1440 GB at 64 TB/s; NVLink 1.8 TB/s both ways; 400 Gb/s). The
-efficiencies are defaults of ours, not measured on these machines: give your own after a first run. Encoders are not in
-it: latents, speech features and text embeddings come encoded.
+Peak rates are the makers', in ``avatar_rt.runtime.hardware``. The efficiencies are defaults of ours, not measured on
+these machines: give your own after a first run. Encoders are not in it: latents, speech features and text embeddings
+come encoded.
 """
 
 from __future__ import annotations
@@ -32,6 +29,7 @@ from dataclasses import asdict, dataclass
 
 from avatar_rt.config import AvatarConfig, preset
 from avatar_rt.errors import AvatarError, InputError
+from avatar_rt.runtime.hardware import PEAKS, Peaks
 from training.cost import Load, Parameters, count_parameters, load_of, saved_bytes, step_flops
 
 FP32 = 4
@@ -41,27 +39,16 @@ KERNELS, KERNELS_AGAIN, LAUNCH = 600, 120, 5e-6  # of a block in a step, where i
 
 
 @dataclass(frozen=True)
-class Gpu:
+class Gpu(Peaks):
     """One GPU as its maker describes it, and which share of that is reached."""
 
-    name: str
-    peak: float
-    memory: float
-    memory_rate: float
-    nvlink: float
-    network: float
-    per_node: int = 8
     linear: float = 0.65
     attention: float = 0.50
     memory_share: float = 0.80
     link_share: float = 0.75
 
 
-GPUS = {
-    "h100": Gpu("h100", 989e12, 80e9, 3.35e12, 450e9, 50e9),
-    "h200": Gpu("h200", 989e12, 141e9, 4.8e12, 450e9, 50e9),
-    "b200": Gpu("b200", 2250e12, 180e9, 8e12, 900e9, 50e9),
-}
+GPUS = {name: Gpu(**asdict(peaks)) for name, peaks in PEAKS.items()}
 
 
 @dataclass(frozen=True)
