@@ -38,15 +38,18 @@ CONFIG = AvatarConfig(
 )  # fmt: skip
 
 
-def write_bundle(path: Path, *, seed: int = 0, **changes) -> Path:
-    """Writes the bundle into a new folder; ``changes`` are of its configuration."""
+def write_bundle(path: Path, *, seed: int = 0, spread: float | None = None, **changes) -> Path:
+    """Writes the bundle into a new folder; ``changes`` are of its configuration, ``spread`` of the transformer's
+    weights, for pictures that have structure."""
     torch.manual_seed(seed)
     cfg = dataclasses.replace(CONFIG, **changes)
-    path.mkdir()
+    path.mkdir(parents=True)
     modules = {
         "dit": VideoRefDiT(cfg.dit), "vae": VideoVAE(cfg.vae), "speech": SpeechEncoder(cfg.speech),
         "motion": MotionEncoder(cfg.motion), "text": TextEncoder(cfg.text),
     }  # fmt: skip
+    for p in modules["dit"].parameters() if spread is not None else ():
+        torch.nn.init.normal_(p, std=spread)
     for name, module in modules.items():
         save_weights(module, path / f"{name}.safetensors")
     (path / "config.json").write_text(cfg.to_json())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,58 +10,22 @@ import numpy as np
 import pytest
 import torch
 from ranks import launch
-from safetensors.torch import save_file
+from small_bundle import CONFIG, write_bundle
 from tolerance import assert_accurate
 
 from avatar_rt import ops
-from avatar_rt.config import (
-    MOTION_CHANNELS,
-    AvatarConfig,
-    ChunkConfig,
-    DiTConfig,
-    MotionConfig,
-    SamplingConfig,
-    SpeechConfig,
-    TextConfig,
-    VAEConfig,
-)
+from avatar_rt.config import ChunkConfig
 from avatar_rt.errors import InputError
-from avatar_rt.models.dit import VideoRefDiT
-from avatar_rt.models.motion import MotionEncoder
-from avatar_rt.models.speech import SpeechEncoder
-from avatar_rt.models.text import TextEncoder
-from avatar_rt.models.vae import VideoVAE
-from avatar_rt.runtime.manifest import write_manifest
 from avatar_rt.runtime.parallel import Mesh, merge, split_rows
 
 ROUNDING = 1e-5  # of the largest value, fp32; measured: 2e-6 at most
 
 
-SMALL = AvatarConfig(
-    name="random", height=32, width=32, reference_latents=2,
-    dit=DiTConfig(dim=48, ffn_dim=64, num_heads=4, num_layers=2, text_dim=12, text_len=4, latent_channels=4,
-                  mask_channels=2, reference=True, anchor=True, audio_dim=10, reference_audio_dim=10,
-                  audio_adapter_dim=8, motion_dim=4 * MOTION_CHANNELS),
-    vae=VAEConfig(base_dim=8, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True),
-                  latent_channels=4),
-    speech=SpeechConfig(dim=10, hidden_dim=16, num_layers=1), motion=MotionConfig(size=32, base_dim=8),
-    text=TextConfig(dim=12, length=4, buckets=16), chunk=ChunkConfig(latents=3, overlap=1),
-    sampling=SamplingConfig(steps=2, reference_scale=2.0, audio_scale=1.5),
-)  # fmt: skip
-
-
 def random_bundle(path: Path) -> None:
-    """A bundle of random weights whose pictures have structure."""
-    path.mkdir(parents=True)
-    torch.manual_seed(0)
-    made = {"dit": VideoRefDiT(SMALL.dit), "vae": VideoVAE(SMALL.vae), "speech": SpeechEncoder(SMALL.speech),
-            "motion": MotionEncoder(SMALL.motion), "text": TextEncoder(SMALL.text)}  # fmt: skip
-    for name, module in made.items():
-        for p in module.parameters() if name == "dit" else ():
-            torch.nn.init.normal_(p, std=0.1)
-        save_file({k: v.contiguous() for k, v in module.state_dict().items()}, path / f"{name}.safetensors")
-    (path / "config.json").write_text(SMALL.to_json())
-    write_manifest(path)
+    """A bundle whose heads can be dealt out to four ranks."""
+    dit = replace(CONFIG.dit, dim=48, num_heads=4, audio_adapter_dim=8)
+    vae = replace(CONFIG.vae, base_dim=8, dim_mult=(1, 2, 2), patch=1, time_kernel=())
+    write_bundle(path, spread=0.1, reference_latents=2, dit=dit, vae=vae, chunk=ChunkConfig(latents=3, overlap=1))
 
 
 @pytest.fixture(scope="module", params=[2, 4])
