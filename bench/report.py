@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from bench.stream_page import stages_table, stream_table
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- results: python -m bench.report --write -->", "<!-- end of results -->"
@@ -256,6 +258,9 @@ def section() -> str:
         identity = RESULTS / "quality-identity.json"
         card = json.loads((ROOT / "bench" / "quality" / "weights" / "sync.json").read_text())
         lines += _summary(sets) + _trust(card, json.loads(identity.read_text()) if identity.exists() else None)
+    for name, table in (("stream", stream_table), ("stages", stages_table)):
+        for path in sorted(RESULTS.glob(f"{name}-*.json")):
+            lines += table(json.loads(path.read_text()))
     for path in ops_results():
         lines += _ops(json.loads(path.read_text()))
     return "\n".join(lines)

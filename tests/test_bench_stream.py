@@ -13,6 +13,7 @@ from avatar_rt.pipeline.reference import ReferenceContext
 from bench import stages, stream
 from bench.baseline import PlainDiT
 from bench.stream import Marks, Request
+from bench.stream_page import stages_table, stream_table
 
 
 @pytest.mark.parametrize("prompt", [False, True])
@@ -100,3 +101,18 @@ def test_clocks_add_up() -> None:
     clocks.calls = {"a": [(9.0, 9.0), (1.0, 0.5), (3.0, 1.5), (2.0, 1.0)], "b": [(4.0, 2.0)]}
     rows = clocks.rows()
     assert rows["a"] == {"calls": 4, "wall_ms": 2000.0, "cpu_ms": 1000.0} and rows["b"]["wall_ms"] == 4000.0
+
+
+def test_stored_runs_become_tables() -> None:
+    machine = {"cpu": "a CPU", "torch": "2.13.0", "commit": "abc"}
+    told = {"threads": 1, "config": "tiny", "size": [64, 64], "seconds": 6.0, "weights": "0123"}
+    ours = {"fps": 40.0, "cpu_s": 2.0, "first_s": 0.5, "chunk_p50_s": 0.4, "chunk_p95_s": 0.6, "rms": 0.4}
+    systems = {"ours": ours, "eager": {**ours, "fps": 8.0, "cpu_s": 12.0}}
+    text = stream_table({"machine": machine, "result": {**told, "systems": systems}})
+    assert "| avatar_rt | 40.0 | 1.00 | 0.50 | 0.40, 0.60 | 0.40 |" in text
+    assert "| 8.0 | 6.00 |" in text[-1] and "commit abc" in text[1]
+    stages = {"decode": {"calls": 4, "cpu_ms": 30.0}, "denoise.pass": {"calls": 240, "cpu_ms": 5.0}}
+    result = {**told, "stages": stages, "peak_mib": {"loaded": 400.0, "generated": 450.4}}
+    text = stages_table({"machine": machine, "result": result})
+    assert text[5:7] == ["| denoise.pass | 240 | 5.00 |", "| decode | 4 | 30.00 |"]
+    assert text[-1].endswith("450 MiB at the peak.")
