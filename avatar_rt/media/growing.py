@@ -22,7 +22,7 @@ from avatar_rt.errors import InputError
 from avatar_rt.media.writer import SoundTrack, add_video, check_frames, check_size, publish, to_picture
 
 # No B-frames: every picture is shown when it is decoded, so that a fragment's times need nothing of its neighbours.
-_OPTIONS = {"crf": "14", "preset": "medium", "bf": "0"}
+_OPTIONS = {"crf": "14", "preset": "veryfast", "bf": "0"}
 _FRAGMENT = {
     "movflags": "empty_moov+frag_custom+default_base_moof+frag_discont+skip_trailer",
     "avoid_negative_ts": "disabled",  # a fragment begins at its own time, not at zero
