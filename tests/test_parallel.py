@@ -25,7 +25,8 @@ def random_bundle(path: Path) -> None:
     """A bundle whose heads can be dealt out to four ranks."""
     dit = replace(CONFIG.dit, dim=48, num_heads=4, audio_adapter_dim=8)
     vae = replace(CONFIG.vae, base_dim=8, dim_mult=(1, 2, 2), patch=1, time_kernel=())
-    write_bundle(path, spread=0.1, reference_latents=2, dit=dit, vae=vae, chunk=ChunkConfig(latents=3, overlap=1))
+    sampling, chunk = replace(CONFIG.sampling, reference_scale=2.0), ChunkConfig(latents=3, overlap=1)
+    write_bundle(path, spread=0.1, reference_latents=2, dit=dit, vae=vae, chunk=chunk, sampling=sampling)
 
 
 @pytest.fixture(scope="module", params=[2, 4])

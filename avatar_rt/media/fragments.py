@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import struct
 from fractions import Fraction
 
 import av
@@ -12,6 +11,7 @@ from av.video.frame import PictureType
 
 from avatar_rt.config import FPS
 from avatar_rt.errors import InputError
+from avatar_rt.media.growing import boxes
 from avatar_rt.media.writer import add_video, check_frames, check_size, to_picture
 
 # No frame waits for a later one.
@@ -49,8 +49,7 @@ class FragmentWriter:
         self._audio = self._encoders.add_stream("aac", rate=rate, layout="mono")
         self._audio.bit_rate = 96_000
         self._encoders.start_encoding()
-        head = self._mux([], [])
-        self.init = head[: _header_bytes(head)]
+        self.init = b"".join(boxes(self._mux([], []), b"ftyp", b"moov"))
         at = self.init.index(b"avcC") + 5  # profile, constraints, level, as the decoder will read them
         profile = self.init[at : at + 3].hex().upper()
         self.mime = f'video/mp4; codecs="avc1.{profile}, mp4a.40.2"'
@@ -60,7 +59,7 @@ class FragmentWriter:
         check_frames(frames, self.size)
         if not len(frames):
             raise InputError("frames: expected uint8 frames, at least one, got none")
-        count = int(len(frames) * self.rate / self.fps)
+        count = len(frames) * self.rate // self.fps
         if sound.shape != (count,):
             raise InputError(f"sound: expected [{count}], got {list(sound.shape)}")
         packets = []
@@ -82,8 +81,7 @@ class FragmentWriter:
         return self._fragment(video, audio) if video or audio else b""
 
     def _fragment(self, video: list[av.Packet], audio: list[av.Packet]) -> bytes:
-        data = self._mux(video, audio)
-        return data[_header_bytes(data) :]
+        return b"".join(boxes(self._mux(video, audio), b"moof", b"mdat"))
 
     def _mux(self, video: list[av.Packet], audio: list[av.Packet]) -> bytes:
         buffer = io.BytesIO()
@@ -97,11 +95,3 @@ class FragmentWriter:
                         packet.stream = stream
                         container.mux(packet)
         return buffer.getvalue()
-
-
-def _header_bytes(data: bytes) -> int:
-    """Length of the file type and movie boxes at the start."""
-    at = 0
-    while at + 8 <= len(data) and data[at + 4 : at + 8] in (b"ftyp", b"moov"):
-        at += struct.unpack(">I", data[at : at + 4])[0]
-    return at

@@ -151,10 +151,10 @@ class GrowingVideo:
         data = (
             b""
             if self.mark.fragments
-            else b"".join(_boxes(self._mux(_HEADER, video, pictures[:1], None), b"ftyp", b"moov"))
+            else b"".join(boxes(self._mux(_HEADER, video, pictures[:1], None), b"ftyp", b"moov"))
         )
         number = {"fragment_index": str(self.mark.fragments + 1)}
-        data += b"".join(_boxes(self._mux(_FRAGMENT | number, video, pictures, sound), b"moof", b"mdat"))
+        data += b"".join(boxes(self._mux(_FRAGMENT | number, video, pictures, sound), b"moof", b"mdat"))
         try:
             self._file.write(data)
             self._file.flush()
@@ -199,7 +199,7 @@ def _copy(packet: av.Packet, stream: av.stream.Stream, shift: int) -> av.Packet:
     return out
 
 
-def _boxes(data: bytes, *names: bytes) -> Iterator[bytes]:
+def boxes(data: bytes, *names: bytes) -> Iterator[bytes]:
     """The boxes of these names at the top level of an mp4."""
     at = 0
     while at + 8 <= len(data):
