@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from training.train import train
 
 PLAIN = ("vae.decoder", "speech", "motion", "identity", "sync", "t2v", "a2v", "personality")
 SHARDED = {"micro_batches": 2, "sharded": True, "sharded_dtype": "float32"}
+SHARING = {"ulysses": {"ulysses": 2}, "ring": {"ring": 2}, "ulysses, sharded": {"ulysses": 2, **SHARDED}}
 
 
 class Ragged:
@@ -85,7 +85,9 @@ def _ragged(sometimes: bool, **fields: object) -> Recipe:
 def _recipes() -> dict[str, tuple[Recipe, int]]:
     """What is run by two ranks, and up to which step."""
     plain = {name: (replace(recipe(name), micro_batches=2), 2) for name in PLAIN}
-    return plain | {
+    whole = replace(recipe("personality"), muon_lr=0.0, micro_batches=2)
+    sharing = {key: (replace(whole, **fields), 2) for key, fields in SHARING.items()}
+    return plain | sharing | {
         "sometimes": (_ragged(True), 4),
         "sharded personality": (replace(recipe("personality"), muon_lr=0.0, **SHARDED), 2),
         "sharded": (_ragged(False, sharded=True, sharded_dtype="float32"), 4),
@@ -114,25 +116,35 @@ def _as_two_ranks(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+def _as_four_ranks(folder: Path) -> None:
+    run = train(_recipes()["ulysses"][0], folder / "corpus", folder / "four", until=2)
+    if run.world.is_first:
+        torch.save((run._state(), run.samples), folder / "four.pt")
+
+
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what two ranks made: <key>.pt, and two/<key> with the run."""
     folder = tmp_path_factory.mktemp("ranks")
     write_corpus(folder / "corpus")
+    _run_ranks(folder, 2)
+    return folder
+
+
+def _run_ranks(folder: Path, size: int) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-                        "PYTHONPATH": str(ROOT)}  # fmt: skip
+    env = os.environ | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # fmt: skip
     ranks = [
         subprocess.Popen([sys.executable, __file__, str(folder)], env=env | {"RANK": str(r), "LOCAL_RANK": str(r)},
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for r in range(2)
+        for r in range(size)
     ]  # fmt: skip
     try:
         told = [rank.communicate(timeout=400)[0] for rank in ranks]
-        assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(told)[-4000:]
-        yield folder
+        assert not any(rank.returncode for rank in ranks), "\n".join(told)[-4000:]
     finally:
         for rank in ranks:
             rank.kill()
@@ -150,7 +162,7 @@ def _apart(a: dict[str, Tensor], b: dict[str, Tensor], part: str) -> float:
 @functools.cache
 def _one(two: Path, key: str) -> tuple[dict[str, Tensor], int]:
     what, until = _recipes()[key]
-    run = train(what, two / "corpus", two / "one" / key, until=until)
+    run = train(replace(what, ulysses=1, ring=1), two / "corpus", two / "one" / key, until=until)
     return run._state(), run.samples
 
 
@@ -175,6 +187,29 @@ def test_sharded_ranks_train_what_one_whole_does(two: Path, key: str, limit: flo
     moved = _apart(mine, start._state() | {k: v for k, v in mine.items() if k.startswith("optimiser.")}, "module.")
     assert _apart(mine, theirs, "module.") <= limit and moved > 4 * limit
     assert _apart(mine, theirs, "average.") <= limit
+
+
+@pytest.mark.parametrize("key", SHARING)
+def test_ranks_that_share_a_batch_train_what_one_does(two: Path, key: str) -> None:
+    """Rows of every pass spread over two ranks, whole weights and sharded ones: the same to rounding."""
+    (mine, seen), (theirs, theirs_seen) = _one(two, key), _state(two, key)
+    assert seen == theirs_seen and _apart(mine, theirs, "module.") <= 2e-6
+    start = train(replace(_recipes()[key][0], ulysses=1, ring=1), two / "corpus", two / "start" / key, until=0)
+    moved = start._state() | {k: v for k, v in mine.items() if k.startswith("optimiser.")}
+    assert _apart(mine, moved, "module.") > 5e-4
+
+
+def test_pairs_of_ranks_share_batches_and_pairs_draw_their_own(two: Path) -> None:
+    _run_ranks(two, 4)
+    (mine, seen), (theirs, theirs_seen) = _one(two, "ulysses"), _state(two, "four")
+    assert seen == theirs_seen and _apart(mine, theirs, "module.") <= 2e-6
+
+
+def test_sharing_that_cannot_be_is_refused(two: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="this method's passes cannot be spread"):
+        train(_ragged(True, ulysses=2), two / "corpus", tmp_path / "a", until=1)
+    with pytest.raises(InputError, match="expects a multiple of 2 ranks, got 1"):
+        train(_recipes()["ring"][0], two / "corpus", tmp_path / "b", until=1)
 
 
 def test_sharded_runs_measure_and_export_whole_weights(two: Path) -> None:
@@ -222,4 +257,4 @@ def test_what_ranks_choose_alike_differs_between_steps() -> None:
 
 
 if __name__ == "__main__":
-    _as_two_ranks(Path(sys.argv[1]))
+    {"2": _as_two_ranks, "4": _as_four_ranks}[os.environ["WORLD_SIZE"]](Path(sys.argv[1]))

@@ -42,21 +42,23 @@ class Run:
         self.average = Average(method.module, recipe.ema) if recipe.ema else None
         self.meter = Meter()
         self.step = self.samples = self.skipped = self._skipped_in_a_row = 0
-        self.batches = recipe.micro_batches or world.size
-        if self.batches % world.size:
-            raise InputError(f"micro_batches: expected a multiple of the {world.size} ranks, got {self.batches}")
+        self.turn, groups = world.draws
+        self.batches = recipe.micro_batches or groups
+        if self.batches % groups:
+            each = "ranks" if world.share == 1 else f"groups of {world.share} ranks"
+            raise InputError(f"micro_batches: expected a multiple of the {groups} {each}, got {self.batches}")
 
     # ---- training ------------------------------------------------------------------------------------------------
 
     def train_step(self) -> int:
-        """One step of the optimisers; returns the clips that this rank saw."""
+        """One step of the optimisers; returns the clips that this rank saw, and no other that shares them."""
         recipe, samples = self.recipe, 0
         set_rates(self.optimisers, learning_rate(recipe, self.step))
         for p in self.params:
             p.grad = None
         self.method.module.train()
         at = 0 if recipe.same_batch else self.step
-        drawn = range(self.world.rank, self.batches, self.world.size)
+        drawn = range(self.turn, self.batches, self.world.draws[1])
         met = []
         for number in drawn:
             values = self._draw(at, number)
@@ -67,7 +69,7 @@ class Run:
         norm = clip_gradients(self.params, recipe.clip)
         self._apply(norm, met)
         self.step += 1
-        return samples
+        return samples if self.world.rank % self.world.share == 0 else 0
 
     def _draw(self, at: int, number: int) -> dict[str, Tensor]:
         """The method's losses on batch ``number`` of the step."""
@@ -108,6 +110,18 @@ class Run:
         with self.average.swapped() if self.average is not None else contextlib.nullcontext():
             yield
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Context in which a method measures without the ranks that share its batches, unless they all come along."""
+        spread = getattr(self.method, "spread", None)
+        if spread is not None and not self.is_sharded:
+            self.method.spread = None  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            if spread is not None:
+                self.method.spread = spread  # type: ignore[attr-defined]
+
     def validate(self) -> dict[str, float]:
         """The method's measures, on the first rank; on all of them where each holds a part of the weights."""
         if not (self.world.is_first or self.is_sharded):
@@ -116,7 +130,8 @@ class Run:
             folder = self.out / "validation" if self.world.is_first else Path(nowhere)
             folder.mkdir(exist_ok=True)
             # Weights are gathered in the recipe's dtype, so what meets them must be cast as in training.
-            with torch.autocast(self.world.device.type, torch.bfloat16, self.recipe.autocast and self.is_sharded):
+            autocast = torch.autocast(self.world.device.type, torch.bfloat16, self.recipe.autocast and self.is_sharded)
+            with autocast, self.alone():
                 return self.call(self.method.validate, self.step, folder)
 
     def export(self, corpus: Path) -> None:
@@ -252,6 +267,7 @@ def train(
 def _set_up(recipe: Recipe, method: Method, out: Path, world: World) -> Run:
     """The method on its device, the same on every rank, its blocks wrapped and its weights sharded as asked."""
     getattr(method, "to", method.module.to)(world.device)
+    world = parallel.share_batches(method, recipe, world)
     parallel.broadcast(method.module, world)
     parallel.wrap_blocks(method.module, recipe)
     sharded = recipe.sharded and world.size > 1

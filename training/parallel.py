@@ -2,7 +2,8 @@
 
 ``torchrun --nproc-per-node N -m training.train ...`` starts N ranks, over gloo on CPUs and NCCL on GPUs. Each draws
 other batches of the step; gradients are averaged (every rank holds everything), or a recipe asks for sharded weights:
-FSDP2, one group of weights for each block and one for the rest. A single process needs no process group.
+FSDP2, one group of weights for each block and one for the rest. A recipe may also have neighbouring ranks share a batch
+by sequence parallelism, with either. A single process needs no process group.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -24,6 +25,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from avatar_rt.errors import InputError
+from avatar_rt.runtime.parallel import Mesh, SequenceParallel
+from avatar_rt.runtime.transport import TorchTransport
 from training.recipe import Recipe
 
 TIMEOUT = timedelta(hours=2)  # rank 0 may validate for long while the others wait
@@ -31,16 +34,23 @@ TIMEOUT = timedelta(hours=2)  # rank 0 may validate for long while the others wa
 
 @dataclass(frozen=True)
 class World:
-    """This process among the run's. ``owned``: the process group was started for this run and ends with it."""
+    """This process among the run's. ``owned``: the process group was started for this run and ends with it; ``share``:
+    of so many neighbouring ranks, which have every batch in common."""
 
     rank: int
     size: int
     device: torch.device
     owned: bool = False
+    share: int = 1
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def draws(self) -> tuple[int, int]:
+        """Which of how many groups of ranks draws a batch of its own."""
+        return self.rank // self.share, self.size // self.share
 
     def wait(self) -> None:
         """Until every rank is here."""
@@ -84,6 +94,30 @@ def start(device: str = "") -> World:
 def finish(world: World) -> None:
     if world.owned:
         dist.destroy_process_group()
+
+
+def share_batches(method: Any, recipe: Recipe, world: World) -> World:
+    """Has neighbouring ranks share every batch, where the recipe asks for it: rows are spread over them, heads and the
+    reference's keys and values inside attention. Every rank computes the loss of the whole batch, so that gradients
+    averaged over all ranks are those of ranks that draw a batch each.
+
+    Raises: InputError where the degrees do not fit the number of ranks or of heads, or the method cannot be spread.
+    """
+    size = recipe.ulysses * recipe.ring
+    if size == 1:
+        return world
+    if not hasattr(method, "spread"):
+        raise InputError(f"{recipe.name}: expected ulysses=1 and ring=1, this method's passes cannot be spread")
+    if world.size == 1 or world.size % size:
+        raise InputError(
+            f"{recipe.name}: ulysses {recipe.ulysses} x ring {recipe.ring} expects a multiple of {size} ranks, "
+            f"got {world.size}"
+        )
+    transport = TorchTransport(size=size, timeout_s=TIMEOUT.total_seconds())
+    mesh = Mesh(recipe.ulysses, recipe.ring, transport.rank, size)
+    mesh.check_heads(method.cfg.dit.num_heads)
+    method.spread = SequenceParallel(mesh, transport)
+    return replace(world, share=size)
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ class Method(Protocol):
             running statistic), by name; kept in checkpoints.
         adopt(state, source): Takes up an earlier stage's weights (``--init``), by the names of the module's state, and
             returns the names that it did without.
+        spread: Set before the first step where ranks share a batch: what the transformer's passes take under this name.
         describe(): Plain values (sizes, loss weights, data) for the checkpoint's ``metadata.json``.
     """
 
@@ -70,12 +71,14 @@ class Recipe:
         conv_muon_lr: When above 0, convolution weights train with Muon at this rate.
         ema: Decay of the averaged weights that are validated and exported; 0 is off.
         clip: Largest gradient norm; 0 is off.
-        micro_batches: Batches that one step averages over, of all ranks together; 0 is one for each rank.
+        micro_batches: Batches that one step averages over, of all ranks together; 0 is one for each rank, or for those
+            that share a batch.
         autocast: bf16 autocast around the step (fp32 master weights).
         compile: Backend of torch.compile for the blocks ("inductor"); "" is off.
         recompute: Blocks keep their inputs only and are computed again in the backward pass.
         sharded: With several ranks, FSDP2: weights, gradients, averages and optimiser states are split among them.
         sharded_dtype: What sharded weights are gathered as; they are kept, and gradients are summed, in fp32.
+        ulysses, ring: So many ranks, one times the other, share every batch by sequence parallelism; neighbours.
         overfit: Handed to ``build``, which then pins the method to one clip.
         same_batch: Every step draws what the first one drew.
         log_every, checkpoint_every, validate_every: In steps.
@@ -106,6 +109,8 @@ class Recipe:
     recompute: bool = False
     sharded: bool = False
     sharded_dtype: str = "bfloat16"
+    ulysses: int = 1
+    ring: int = 1
     overfit: bool = False
     same_batch: bool = False
     seed: int = 0
@@ -122,7 +127,8 @@ class Recipe:
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("device", self.device, DEVICES)
         _one_of("sharded_dtype", self.sharded_dtype, SHARDED_DTYPES)
-        for name in ("log_every", "checkpoint_every", "keep_checkpoints", "validate_every", "threads"):
+        counts = ("log_every", "checkpoint_every", "keep_checkpoints", "validate_every", "threads", "ulysses", "ring")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected 1 or more, got {getattr(self, name)}")
         if not 0 <= self.decay <= 1:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from avatar_rt.runtime.parallel import split_rows
 from avatar_rt.runtime.team import Team
-from avatar_rt.runtime.transport import Group, Transport
+from avatar_rt.runtime.transport import Transport
 
 
 class RankSeams:
@@ -23,7 +23,7 @@ class RankSeams:
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
-        self.all = Group(tuple(range(transport.world)))
+        self.all = transport.group([range(transport.world)])
         self.heights: list[int] = []  # latent rows of every rank's stripe, set by each call
 
     def extend(self, *stripes: Tensor) -> tuple[list[Tensor], int]:

@@ -68,7 +68,7 @@ class Transport(ABC):
 
     @abstractmethod
     def group(self, partition: Sequence[Sequence[int]]) -> Group:
-        """The member of a partition of all ranks that holds this one. Collective: every rank calls it alike."""
+        """The member of a partition of all ranks that holds this one. Collective: every process calls it alike."""
 
     @abstractmethod
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Pending:
@@ -102,19 +102,35 @@ class Transport(ABC):
 class TorchTransport(Transport):
     """torch.distributed: NCCL between GPUs, gloo between CPUs. ``join`` makes the process group it needs.
 
-    ``store`` is where the ranks met; None when the caller made the process group.
+    Args:
+        store: Where the ranks met; None when the caller made the process group.
+        size: Runs of so many neighbouring processes are a world of their own each, whose ranks count from 0: in
+            training, those that share a clip. None: all processes are one.
+        timeout_s: How late a rank may be at a collective of ``group``'s.
+
+    Raises: InputError when the number of processes is no multiple of ``size``. Every process makes it alike.
     """
 
-    def __init__(self, store: dist.Store | None = None) -> None:
+    def __init__(
+        self, store: dist.Store | None = None, *, size: int | None = None, timeout_s: float = COLLECTIVE_TIMEOUT_S
+    ) -> None:
         super().__init__()
-        self.rank, self.world, self.store = dist.get_rank(), dist.get_world_size(), store
+        self.processes, self.store, self.timeout = dist.get_world_size(), store, datetime.timedelta(seconds=timeout_s)
+        self.world = size or self.processes
+        if self.processes % self.world:
+            raise InputError(f"ranks: expected a multiple of {self.world} processes, got {self.processes}")
+        self.rank = dist.get_rank() % self.world
+        self.first = dist.get_rank() - self.rank  # the process that is rank 0 of this world
+        self.everybody = self.group([range(self.world)])
 
     def group(self, partition: Sequence[Sequence[int]]) -> Group:
         mine = None
-        for ranks in partition:
-            handle = dist.new_group(list(ranks), timeout=_timeout()) if 1 < len(ranks) < self.world else None
-            if self.rank in ranks:
-                mine = Group(tuple(ranks), handle)
+        for first in range(0, self.processes, self.world):
+            for ranks in partition:
+                some = 1 < len(ranks) < self.processes
+                handle = dist.new_group([first + r for r in ranks], timeout=self.timeout) if some else None
+                if first == self.first and self.rank in ranks:
+                    mine = Group(tuple(ranks), handle)
         assert mine is not None, "every rank is in a partition"
         return mine
 
@@ -153,14 +169,15 @@ class TorchTransport(Transport):
         nothing = torch.empty(0)
         if not sends and not receives:
             return Pending(nothing)
-        ops = [dist.P2POp(dist.isend, x, peer) for x, peer in sends]
-        ops += [dist.P2POp(dist.irecv, x, peer) for x, peer in receives]
+        ops = [dist.P2POp(dist.isend, x, self.first + peer) for x, peer in sends]
+        ops += [dist.P2POp(dist.irecv, x, self.first + peer) for x, peer in receives]
         self._count("exchange", sum(x.numel() * x.element_size() for x, _ in sends))
         return self._start("exchange", nothing, lambda: dist.batch_isend_irecv(ops), (sends, receives))
 
     def broadcast(self, x: Tensor, root: int) -> Pending:
         self._count("broadcast", x.numel() * x.element_size() * (self.world - 1) if self.rank == root else 0)
-        return self._start("broadcast", x, lambda: dist.broadcast(x, root, async_op=True), x)
+        group = self.everybody.handle
+        return self._start("broadcast", x, lambda: dist.broadcast(x, self.first + root, group, async_op=True), x)
 
     def abort(self) -> None:
         stop = getattr(dist.group.WORLD, "abort", None)
@@ -242,10 +259,6 @@ def leave(orderly: bool) -> None:
 
 # torch 2.13 renames it and warns of the old name; 2.11 knows only that.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-def _timeout() -> datetime.timedelta:
-    return datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
 
 
 def _row_bytes(x: Tensor) -> int:

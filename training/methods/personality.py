@@ -102,7 +102,7 @@ class PersonalityMethod(A2VMethod):
             return {}
         empty = self.context(b.clip[:1], torch.zeros(1, dtype=torch.bool, device=b.x.device))
         motion = b.ref_motion if self.cfg.dit.motion_dim else None
-        k, v = dit.encode_reference(b.ref_latents, empty, b.ref_audio, motion)
+        k, v = dit.encode_reference(b.ref_latents, empty, b.ref_audio, motion, spread=self.spread)
         return {"ref_k": k.repeat_interleave(b.windows, dim=1), "ref_v": v.repeat_interleave(b.windows, dim=1)}
 
     def rates(self) -> dict[str, float]:

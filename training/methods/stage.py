@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from avatar_rt.config import AvatarConfig
 from avatar_rt.errors import ArtifactError, InputError
 from avatar_rt.models.dit import VideoRefDiT, with_masks
+from avatar_rt.models.spread import Spread
 from avatar_rt.models.text import TextEncoder
 from avatar_rt.models.weights import save_weights
 from training.methods import flow
@@ -93,6 +94,8 @@ class FlowMethod:
         settings: The stage's.
         steps: Of the run: what the buckets' shares move over.
     """
+
+    spread: Spread | None = None  # over which ranks the transformer's rows are spread
 
     def __init__(self, cfg: AvatarConfig, table: Any, settings: FlowSettings, steps: int) -> None:
         self.cfg, self.table, self.settings, self.steps = stage_config(cfg, settings.adds), table, settings, steps
@@ -180,7 +183,8 @@ class FlowMethod:
         z = flow.noised(b.x, noise, t_frames[:, None, :, None, None])
         told, motion_target = self.conditions(b, t_frames, keep, g)
         carried = b.given[:, None, :, None, None].float()
-        v, vm = self.module["dit"](with_masks(z, self.cfg.dit, 0, carried), t_frames, text, **told)
+        rows = with_masks(z, self.cfg.dit, 0, carried)
+        v, vm = self.module["dit"](rows, t_frames, text, spread=self.spread, **told)
         target, free = flow.velocity(b.x, noise), ~b.given
         region = flow.region_map(b.weight, s.face_weight, s.mouth_weight)
         error = flow.mean_of(flow.flow_errors(v, target, region), free)
