@@ -150,7 +150,7 @@ def test_a_clip_can_be_learnt_by_heart(small: None, tmp_path: Path) -> None:
         init = tmp_path / name
 
 
-def test_large_recipes_build_on_meta() -> None:
+def test_large_recipes_build_on_meta(tmp_path: Path) -> None:
     grown = 0
     for module in (t2v, a2v, personality):
         made = module.tavr_14b()
@@ -162,6 +162,8 @@ def test_large_recipes_build_on_meta() -> None:
         assert max(b.frames for b in method.settings.buckets) == 21
         with pytest.raises(InputError, match="built without a corpus"):
             method.step(0, torch.Generator())
+    with pytest.raises(InputError, match="expected a corpus that was encoded for it"):
+        train(made, Path("nowhere"), tmp_path)
 
 
 # ---- what is drawn ---------------------------------------------------------------------------------------------------

@@ -25,11 +25,13 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.tensor import DTensor
 
 from avatar_rt.errors import ArtifactError, InputError
 from avatar_rt.models.weights import load_weights, open_checkpoint
 from training.parallel import World
 from training.recipe import Method
+from training.weights import put
 
 FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -220,11 +222,10 @@ def start_from(method: Method, init: Path) -> str:
     Raises: InputError when nothing there fits, ArtifactError when it cannot be read.
     """
     module = method.module
-    if init.is_file():
+    if init.is_file() and not any(isinstance(p, DTensor) for p in module.parameters()):
         load_weights(module, init, dtype=torch.float32)
         return f"weights from {init}"
-    folder = init if (init / "metadata.json").is_file() and (init / "state").is_dir() else find(init, "latest")
-    state = _parts(method, init) if folder is None else _weights(folder)
+    state = _weights_at(method, init)
     if hasattr(method, "adopt"):
         new = len(method.adopt(state, str(init)))
         return f"weights from {init}" + (f" but for {new} tensors that this stage adds" if new else "")
@@ -233,9 +234,16 @@ def start_from(method: Method, init: Path) -> str:
     if other or not own.keys() & state.keys():
         why = f"{other[0]} is {list(state[other[0]].shape)} there" if other else "no tensor has a name of this module"
         raise InputError(f"--init {init}: expected weights of this module, but {why}")
-    module.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
+    put(module, {k: v for k, v in state.items() if k in own})
     new = len(own.keys() - state.keys())
     return f"weights from {init}" + (f", {new} of {len(own)} tensors start anew" if new else "")
+
+
+def _weights_at(method: Method, init: Path) -> dict[str, Tensor]:
+    if init.is_file():
+        return load_file(open_checkpoint(init).path)
+    folder = init if (init / "metadata.json").is_file() and (init / "state").is_dir() else find(init, "latest")
+    return _parts(method, init) if folder is None else _weights(folder)
 
 
 def _parts(method: Method, folder: Path) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from training.optimiser import Average, clip_gradients, learning_rate, make_opti
 from training.parallel import World
 from training.progress import Log, Meter
 from training.recipe import Method, Recipe, generator_of
+from training.weights import is_meta
 
 HOPELESS = 50  # steps in a row without a finite gradient
 
@@ -238,12 +239,7 @@ def train(
         if resume is False and checkpoint.steps_of(out):
             raise InputError(f"{out}: holds checkpoints; add --resume, or take another --out")
         method = recipe.method(corpus)
-        if any(p.is_meta for p in method.module.parameters()):
-            raise InputError(
-                f"{recipe.name}: expected a module with weights, got one on the meta device, built to be counted"
-            )
-        told = [checkpoint.start_from(method, init)] if init is not None and folder is None else []
-        run = _set_up(recipe, method, out, world)
+        run, told = _set_up(recipe, method, out, world, init if folder is None else None)
         if folder is not None:
             told += [f"continues from {folder.name}"] + [f"  with {line}" for line in run.load(folder)]
         log = Log(out, recipe.name, run.step, recipe.steps, world)
@@ -264,14 +260,27 @@ def train(
     return run
 
 
-def _set_up(recipe: Recipe, method: Method, out: Path, world: World) -> Run:
-    """The method on its device, the same on every rank, its blocks wrapped and its weights sharded as asked."""
-    getattr(method, "to", method.module.to)(world.device)
+def _set_up(recipe: Recipe, method: Method, out: Path, world: World, init: Path | None) -> tuple[Run, list[str]]:
+    """The method on its device, the same on every rank, its blocks wrapped and its weights sharded as asked; and what
+    is to be told of its start. Weights that were built on the meta device are filled where they will be."""
+    module, told, call = method.module, [], None
+    empty, sharded = is_meta(module), recipe.sharded and world.size > 1
+    if empty and getattr(method, "table", True) is None:
+        raise InputError(f"{recipe.name}: expected a corpus that was encoded for it (CORPUS/weights), there is none")
+    if not empty:
+        told = [checkpoint.start_from(method, init)] if init is not None else []
+        getattr(method, "to", module.to)(world.device)
+        parallel.broadcast(module, world)
     world = parallel.share_batches(method, recipe, world)
-    parallel.broadcast(method.module, world)
-    parallel.wrap_blocks(method.module, recipe)
-    sharded = recipe.sharded and world.size > 1
-    return Run(recipe, method, out, world, parallel.shard(method.module, recipe, world) if sharded else None)
+    parallel.wrap_blocks(module, recipe)
+    if sharded:
+        call = parallel.shard(module, recipe, world)
+    elif empty:
+        parallel.fill_in_order(module, world.device)
+    if empty:
+        getattr(method, "filled", lambda: None)()
+        told = [checkpoint.start_from(method, init)] if init is not None else []
+    return Run(recipe, method, out, world, call), told
 
 
 def _loop(run: Run, log: Log, until: int | None, minutes: float | None) -> None:

@@ -28,6 +28,7 @@ from avatar_rt.errors import InputError
 from avatar_rt.runtime.parallel import Mesh, SequenceParallel
 from avatar_rt.runtime.transport import TorchTransport
 from training.recipe import Recipe
+from training.weights import fill, is_meta
 
 TIMEOUT = timedelta(hours=2)  # rank 0 may validate for long while the others wait
 
@@ -192,10 +193,23 @@ class _Root(nn.Module):
         return function(*args)
 
 
+def fill_in_order(
+    module: nn.Module, device: torch.device, then: Callable[[nn.Module], None] = lambda block: None
+) -> None:
+    """Fills a module that was built on the meta device block by block, the rest last; each block is then given to
+    ``then``."""
+    blocks = blocks_of(module)
+    for block in blocks:
+        fill(block, device)
+        then(block)
+    fill(module, device, but=blocks)
+
+
 def shard(module: nn.Module, recipe: Recipe, world: World) -> Callable[..., Any]:
     """Splits the module's weights over the ranks; returns ``call(function, *args)``, inside which they may be used.
 
-    All ranks must call alike: a block that one rank runs and another does not, leaves both waiting.
+    One built on the meta device is filled block by block, so that no rank ever holds all of it. All ranks must call
+    alike: a block that one rank runs and another does not, leaves both waiting.
     """
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(
@@ -203,10 +217,17 @@ def shard(module: nn.Module, recipe: Recipe, world: World) -> Callable[..., Any]
     )
     # What a block returns is never changed in place, which is all that this warning is about.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    for block in blocks_of(module):
+
+    def split(block: nn.Module) -> None:
         fully_shard(block, mesh=mesh, mp_policy=policy)
         for name in ways_in(block)[1:]:
             register_fsdp_forward_method(block, name)
+
+    if is_meta(module):
+        fill_in_order(module, world.device, split)
+    else:
+        for block in blocks_of(module):
+            split(block)
     root = fully_shard(_Root(module), mesh=mesh, mp_policy=policy)
 
     def call(function: Callable[..., Any], *args: Any) -> Any:

@@ -32,6 +32,7 @@ class Method(Protocol):
             running statistic), by name; kept in checkpoints.
         adopt(state, source): Takes up an earlier stage's weights (``--init``), by the names of the module's state, and
             returns the names that it did without.
+        filled(): Called when weights that were built on the meta device have been given their first values.
         spread: Set before the first step where ranks share a batch: what the transformer's passes take under this name.
         describe(): Plain values (sizes, loss weights, data) for the checkpoint's ``metadata.json``.
     """

@@ -60,24 +60,34 @@ class VideoRefDiT(nn.Module):
         self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.num_layers)])
         self.head = Head(dim, cfg.latent_channels * cfg.patch[1] * cfg.patch[2], cfg.eps)
         if cfg.anchor:
-            self.anchor_embedding = nn.Parameter(torch.randn(dim) * 0.02)
+            self.anchor_embedding = nn.Parameter(torch.empty(dim))
         if cfg.audio_dim:
             self.audio_embedding = _mlp(cfg.audio_dim, dim, nn.GELU(approximate="tanh"))
-            self.audio_position = nn.Parameter(torch.randn(3 * cfg.audio_per_latent, dim) * 0.02)
-            self.null_audio = nn.Parameter(torch.zeros(cfg.audio_dim))
+            self.audio_position = nn.Parameter(torch.empty(3 * cfg.audio_per_latent, dim))
+            self.null_audio = nn.Parameter(torch.empty(cfg.audio_dim))
         if cfg.reference:
-            self.reference_embedding = nn.Parameter(torch.randn(dim) * 0.02)
-            self.reference_time = nn.Parameter(torch.randn(dim) * 0.02)
+            self.reference_embedding = nn.Parameter(torch.empty(dim))
+            self.reference_time = nn.Parameter(torch.empty(dim))
             if cfg.reference_audio_dim:
                 self.reference_audio_embedding = _mlp(cfg.reference_audio_dim, dim, nn.GELU(approximate="tanh"))
-                self.reference_audio_position = nn.Parameter(torch.randn(cfg.audio_per_latent, dim) * 0.02)
-                self.null_reference_audio = nn.Parameter(torch.zeros(cfg.reference_audio_dim))
+                self.reference_audio_position = nn.Parameter(torch.empty(cfg.audio_per_latent, dim))
+                self.null_reference_audio = nn.Parameter(torch.empty(cfg.reference_audio_dim))
         if cfg.motion_dim:
             self.motion_embedding = nn.Linear(cfg.motion_dim, dim)
             self.motion_injection = nn.Linear(cfg.motion_dim, dim)
+            self.motion_head = Head(dim, cfg.motion_dim, cfg.eps)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Of what is its own: small embeddings, no speech as zeros, motion that is injected by nothing yet."""
+        for name, p in self.named_parameters(recurse=False):
+            if name.startswith("null_"):
+                nn.init.zeros_(p)
+            else:
+                nn.init.normal_(p, std=0.02)
+        if self.cfg.motion_dim:
             nn.init.zeros_(self.motion_injection.weight)
             nn.init.zeros_(self.motion_injection.bias)
-            self.motion_head = Head(dim, cfg.motion_dim, cfg.eps)
 
     # ---- parts -------------------------------------------------------------------------------------------------
 

@@ -53,7 +53,11 @@ class RMSWeight(nn.Module):
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
@@ -190,7 +194,11 @@ class Block(nn.Module):
             self.norm4 = FP32LayerNorm(dim, eps)
             self.audio_attn = AudioAttention(dim, cfg.num_heads, eps, cfg.audio_adapter_dim)
         self.ffn = nn.Sequential(nn.Linear(dim, cfg.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(cfg.ffn_dim, dim))
-        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.modulation = nn.Parameter(torch.empty(1, 6, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.modulation, std=self.modulation.shape[-1] ** -0.5)
 
     def modulations(self, e_BT6C: Tensor) -> tuple[Tensor, ...]:
         """Shift, scale, gate of attention and of the feed-forward, each [B, T, C] fp32."""
@@ -271,7 +279,11 @@ class Head(nn.Module):
         super().__init__()
         self.eps = eps
         self.head = nn.Linear(dim, out_dim)
-        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.modulation = nn.Parameter(torch.empty(1, 2, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.modulation, std=self.modulation.shape[-1] ** -0.5)
 
     def forward(self, x: Tensor, e_BTC: Tensor, index: Tensor) -> Tensor:
         shift, scale = (self.modulation.float()[:, None] + e_BTC[:, :, None]).unbind(2)

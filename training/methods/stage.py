@@ -25,6 +25,7 @@ from training.methods import flow
 from training.methods.flow import Bucket
 from training.methods.windows import Batch, Drawer
 from training.recipe import common
+from training.weights import put
 
 ADDITIONS = {
     "anchor": ("anchor_embedding",),
@@ -257,6 +258,10 @@ class FlowMethod:
             save_weights(part, out / f"{name}.safetensors", dtype=torch.bfloat16)
         (out / "config.json").write_text(self.cfg.to_json())
 
+    def filled(self) -> None:
+        """The module's weights, built on the meta device, have their first values."""
+        silence(self.module["dit"])
+
     def adopt(self, state: dict[str, Tensor], source: str) -> list[str]:
         """Begins from the weights of an earlier stage. What this stage adds stays as it was initialised.
 
@@ -279,7 +284,7 @@ class FlowMethod:
                     f"{source}: expected the weights of this stage ({', '.join(self.settings.adds) or 'text and video'}"
                     f") or of an earlier one; it {what} {len(names)} tensors: {told}"
                 )
-        self.module.load_state_dict(state, strict=False)
+        put(self.module, state)
         return missing
 
 

@@ -23,7 +23,7 @@ TINY: dict[str, Any] = {
 """The optimiser of ``tiny`` on a CPU core, in every stage."""
 LARGE: dict[str, Any] = {
     "lr": 1e-4, "warmup": 1000, "weight_decay": 0.01, "muon_lr": 1e-4, "ema": 0.999, "checkpoint_every": 500,
-    "validate_every": 1000,
+    "validate_every": 1000, "sharded": True, "recompute": True, "ulysses": 8,
 }  # fmt: skip
 """Settings for a model of ``tavr_14b``'s size, after published recipes of that size; nobody has run them here."""
 OVERFIT: dict[str, Any] = {
