@@ -22,7 +22,7 @@ from avatar_rt.models.motion import MotionEncoder
 from avatar_rt.models.speech import SpeechEncoder
 from avatar_rt.models.vae import VideoVAE
 from training.losses.suite import Networks
-from training.rewards.identity import IdentityNet, LatentIdentityNet
+from training.rewards.identity import IdentityNet
 
 CFG = AvatarConfig(
     name="small", height=32, width=32,
@@ -58,7 +58,6 @@ class SmallTable:
         self.weight[:, 0, 1:, 1:3] = 1
         self.weight[:, 1, 2:3, 1:3] = 1
         self.siblings = [[i ^ 1] for i in range(clips)]
-        self.meta = [{"identity": i // 2} for i in range(clips)]
         self.train, self.val = torch.arange(6), torch.arange(6, 8)
 
 
@@ -69,13 +68,6 @@ def networks(cfg: AvatarConfig = CFG) -> Networks:
     nets = Networks(VideoVAE(cfg.vae), IdentityNet(8, 16), MotionEncoder(cfg.motion), SpeechEncoder(cfg.speech))
     torch.random.set_rng_state(g)
     return nets
-
-
-def latent_net(cfg: AvatarConfig = CFG) -> LatentIdentityNet:
-    """The network of the likeness loss with random weights."""
-    with torch.random.fork_rng():
-        torch.manual_seed(4)
-        return LatentIdentityNet(cfg.dit.latent_channels, 16, 16)
 
 
 def build(method: Any, settings: Any, *more: Any, cfg: AvatarConfig = CFG, steps: int = 10, seed: int = 0) -> Any:

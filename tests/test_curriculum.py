@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_stages import CFG, SmallTable, latent_net, networks
+from small_stages import CFG, SmallTable, networks
 
 from avatar_rt.config import SamplingConfig
 from avatar_rt.engine import AvatarEngine
@@ -32,7 +32,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module in (t2v, personality):
         monkeypatch.setattr(module, "configuration", lambda weights: CFG)
         monkeypatch.setattr(module, "open_table", lambda corpus, cfg: SmallTable(cfg))
-    monkeypatch.setattr(personality, "open_networks", lambda cfg, weights, terms: (networks(cfg), latent_net(cfg)))
+    monkeypatch.setattr(personality, "open_networks", lambda cfg, weights: networks(cfg))
     weights = tmp_path / "corpus" / "weights"
     for name, part in vars(networks()).items():
         if name != "identity":

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_stages import CFG, SmallTable, build, latent_net, networks, with_text_of_the_caller
+from small_stages import CFG, SmallTable, build, networks, with_text_of_the_caller
 
 from avatar_rt.config import AvatarConfig, preset
 from avatar_rt.errors import ArtifactError, InputError
@@ -44,7 +44,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (t2v, personality):
         monkeypatch.setattr(module, "configuration", lambda weights: CFG)
         monkeypatch.setattr(module, "open_table", lambda corpus, cfg: SmallTable(cfg))
-    monkeypatch.setattr(personality, "open_networks", lambda cfg, weights, terms: (networks(cfg), latent_net(cfg)))
+    monkeypatch.setattr(personality, "open_networks", lambda cfg, weights: networks(cfg))
     monkeypatch.setitem(t2v.TINY, "muon_lr", 0.0)  # matrices of 32 are too small for it
 
 

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from small_stages import build, latent_net, networks
+from small_stages import build, networks
 
 from avatar_rt.errors import InputError
-from training.losses.face import likeness
-from training.losses.suite import DECODED, NAMES, Suite, Term
+from training.losses.suite import Suite, Term
 from training.methods import flow
 from training.methods.flow import Bucket
 from training.methods.personality import PersonalityMethod, PersonalitySettings
@@ -26,8 +25,6 @@ def test_terms_rise_linearly_and_gate_exactly() -> None:
     assert term.gate(t).tolist() == [1, 1, 0, 0]
     with pytest.raises(InputError, match=r"expected some of identity, .*, got beauty"):
         Suite({"beauty": term}, networks())
-    with pytest.raises(InputError, match="expected the networks of likeness too, got none"):
-        Suite({"likeness": term}, networks())
 
 
 def _suite(**terms: Term) -> tuple[Suite, Any, torch.Tensor, torch.Tensor]:
@@ -35,11 +32,10 @@ def _suite(**terms: Term) -> tuple[Suite, Any, torch.Tensor, torch.Tensor]:
     method = build(PersonalityMethod, PersonalitySettings(buckets=ONE))
     b = method.draw(method.table.train, torch.Generator().manual_seed(0), Bucket(4, people=3), "free")
     noise = torch.randn(b.x.shape, generator=torch.Generator().manual_seed(1))
-    suite = Suite(terms, networks(), latent_net(), dtype=torch.float32)
-    return suite, b, noise, flow.noised(b.x, noise, torch.tensor(0.3))
+    return Suite(terms, networks(), dtype=torch.float32), b, noise, flow.noised(b.x, noise, torch.tensor(0.3))
 
 
-ALL = {name: Term(1.0, warmup=0) for name in NAMES}
+ALL = {name: Term(1.0, warmup=0) for name in ("identity", "perceptual", "temporal", "motion", "sync")}
 
 
 def test_the_suite_sees_a_perfect_estimate_as_perfect() -> None:
@@ -49,13 +45,13 @@ def test_the_suite_sees_a_perfect_estimate_as_perfect() -> None:
     v = flow.velocity(b.x, noise)
     _, right = suite(100, b, z, v, t, torch.Generator().manual_seed(2))
     _, wrong = suite(100, b, z, v + 0.7 * torch.randn_like(v), t, torch.Generator().manual_seed(2))
-    for name in ("perceptual", "temporal", "likeness"):
+    for name in ("perceptual", "temporal"):
         assert float(right[name]) < 1e-6 < 1e-3 < float(wrong[name])
     assert all(float(wrong[name]) != float(right[name]) for name in ALL)
 
 
 def test_each_loss_reaches_the_velocity_and_its_weight_counts() -> None:
-    for name in DECODED:
+    for name in ALL:
         suite, b, noise, z = _suite(**{name: Term(0.5, warmup=0)})
         v = (flow.velocity(b.x, noise) + 0.3 * noise).requires_grad_()
         total, parts = suite(7, b, z, v, torch.full(b.given.shape, 0.3), torch.Generator().manual_seed(2))
@@ -64,21 +60,6 @@ def test_each_loss_reaches_the_velocity_and_its_weight_counts() -> None:
         touched = v.grad.abs().sum((1, 3, 4)) > 0  # [B, T]
         assert int(touched.any(1).sum()) == suite.samples and int(touched.sum()) == suite.samples * suite.latents
         assert not touched[:, 0].any()  # the decoder starts with a true latent
-
-
-def test_likeness_sees_every_latent_that_is_generated_and_fades_with_the_noise() -> None:
-    suite, b, noise, z = _suite(likeness=Term(0.5, warmup=0, t_max=0.9))
-    b.given[:, 0] = True
-    v = (flow.velocity(b.x, noise) + 0.3 * noise).requires_grad_()
-    times = torch.full(b.given.shape, 0.3)
-    total, parts = suite(7, b, z, v, times, torch.Generator())
-    total.backward()
-    assert float(total.detach()) == pytest.approx(0.5 * float(parts["likeness"]), rel=1e-5)
-    assert ((v.grad.abs().sum((1, 3, 4)) > 0) == ~b.given).all()
-    estimate = flow.data_of(z, v.detach(), torch.tensor(0.3))
-    made, true = (x[:, :, 1:].transpose(1, 2).flatten(0, 1) for x in (estimate, b.x))
-    assert float(parts["likeness"]) == pytest.approx(0.7 * float(likeness(latent_net(), made, true).mean()), rel=1e-4)
-    assert float(suite(7, b, z, v, times + 0.6, torch.Generator())[0]) == 0
 
 
 def test_gates_close_one_by_one() -> None:
@@ -108,7 +89,7 @@ def test_auxiliary_losses_are_a_switch() -> None:
     usual = {"loss", "flow", "temporal", "motion", "samples", "tokens"}
     assert set(plain.step(0, torch.Generator().manual_seed(0))) == usual
     settings = PersonalitySettings(buckets=ONE, terms=ALL)
-    suite = Suite(ALL, networks(), latent_net(), dtype=torch.float32)
+    suite = Suite(ALL, networks(), dtype=torch.float32)
     method = build(PersonalityMethod, settings, suite)
     values = method.step(5, torch.Generator().manual_seed(0))
     assert set(values) == usual | {f"aux_{name}" for name in ALL}

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from small_stages import CFG, SmallTable, build
+from small_stages import build
 
 from avatar_rt.config import MotionConfig, SpeechConfig, VAEConfig
 from avatar_rt.models.motion import MotionEncoder
@@ -23,7 +23,7 @@ from training.data.corpus import ARRAYS, Corpus
 from training.methods.a2v import A2VMethod, A2VSettings
 from training.methods.encoders import MotionMethod, SpeechMethod
 from training.methods.flow import Bucket
-from training.methods.identity import IdentityMethod, LatentIdentityMethod
+from training.methods.identity import IdentityMethod
 from training.methods.personality import PersonalityMethod, PersonalitySettings
 from training.methods.sync import SyncMethod
 from training.methods.t2v import T2VMethod, T2VSettings
@@ -91,7 +91,6 @@ BUILDS: dict[str, Callable[..., Method]] = {
     "speech": _speech,
     "motion": lambda folder: MotionMethod(MOTION, *_clips(folder), batch=2),
     "identity": lambda folder: IdentityMethod(*_clips(folder), people=3),
-    "identity.latent": lambda folder: LatentIdentityMethod(SmallTable(CFG), people=3),
     "sync": lambda folder: SyncMethod(*([c] for c in _clips(folder)), odds=[1.0], batch=2),
     "t2v": _stage(T2VMethod, T2VSettings()),
     "a2v": _stage(A2VMethod, A2VSettings()),

@@ -1,11 +1,11 @@
-"""Losses of faces as the identity networks see them: who it is, what it looks like, how it changes."""
+"""Losses of face crops as the identity network sees them: who it is, what it looks like, how it changes."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from training.rewards.identity import IdentityNet, LatentIdentityNet
+from training.rewards.identity import IdentityNet
 
 
 def identity(net: IdentityNet, made: Tensor, who: Tensor) -> Tensor:
@@ -35,22 +35,6 @@ def temporal(net: IdentityNet, made: Tensor, true: Tensor, count: int) -> Tensor
     return torch.stack(losses).mean(0)
 
 
-def likeness(net: LatentIdentityNet, made: Tensor, true: Tensor) -> Tensor:
-    """Who it is and what it looks like, without decoding: one minus the cosine of the embeddings, plus the mean squared
-    difference of channel-normalised maps, averaged over levels. The flow loss counts every number of a latent alike;
-    this one those that tell people apart.
-
-    made, true: [n, C, h, w] normalised latents. Returns [n].
-    """
-    with torch.no_grad():
-        wanted = net.features(true)
-        who = net.embed(wanted[-1])
-    maps = net.features(made)
-    unlike = 1 - (net.embed(maps[-1]) * who).sum(-1)
-    errors = [(_even(a) - _even(b)).square().flatten(1).mean(1) for a, b in zip(maps, wanted, strict=True)]
-    return unlike + torch.stack(errors).mean(0)
-
-
 def per_window(error: Tensor, count: int) -> Tensor:
     """[n L, ...] -> its mean for each of ``count`` = n windows."""
     return error.reshape(count, -1).mean(1)
@@ -59,9 +43,8 @@ def per_window(error: Tensor, count: int) -> Tensor:
 def _maps(net: IdentityNet, made: Tensor, true: Tensor) -> list[tuple[Tensor, Tensor]]:
     with torch.no_grad():
         wanted = net.features(true)
-    return [(_even(a), _even(b)) for a, b in zip(net.features(made), wanted, strict=True)]
-
-
-def _even(x: Tensor) -> Tensor:
-    """Maps with channels of mean square 1 at each place."""
-    return x.float() / x.float().square().mean(1, keepdim=True).add(1e-6).sqrt()
+    scaled = []
+    for pair in zip(net.features(made), wanted, strict=True):
+        a, b = (m.float() / m.float().square().mean(1, keepdim=True).add(1e-6).sqrt() for m in pair)
+        scaled.append((a, b))
+    return scaled

@@ -1,12 +1,11 @@
-"""Losses that look at the face in the estimate: which, from when, up to what noise, and of how few frames.
+"""Losses on the decoded face: which, from when, up to what noise, and of how few frames.
 
-``likeness`` sees the estimate of the clean latents that a velocity implies as it is, in all of a batch. For the others
-it is decoded through the frozen VAE; what is lost there is what people look at and a mean over latents does not see.
-Of a batch only ``samples`` windows and ``latents`` consecutive latents of each are decoded, for decoding costs more
-than the transformer's step. Each loss has a weight, a step from which it rises linearly to it, and a time beyond which
-the estimate says nothing and the loss is off: 1[t < t_max].
+The estimate of the clean latents that a velocity implies is decoded through the frozen VAE; what is lost there is what
+people look at and a mean over latents does not see. Of a batch only ``samples`` windows and ``latents`` consecutive
+latents of each are decoded, for decoding costs more than the transformer's step. Each loss has a weight, a step from
+which it rises linearly to it, and a time beyond which the estimate says nothing and the loss is off: 1[t < t_max].
 
-The frozen networks are the identity networks of ``training.rewards.identity``, the motion encoder and the speech
+The frozen networks are the identity network of ``training.rewards.identity``, the motion encoder and the speech
 encoder's own mouth reading. The lip-sync network and the face embedder of ``bench.quality`` are in none of them: what
 scores is never what is trained on. (The motion encoder reads ``mouth_r`` in ``bench.quality``: where ``motion`` or
 ``sync`` is on, trust ``lse_c_star`` and ``offset_star`` rather than that.)
@@ -14,10 +13,10 @@ scores is never what is trained on. (The motion encoder reads ``mouth_r`` in ``b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +27,12 @@ from avatar_rt.models.motion import MotionEncoder
 from avatar_rt.models.speech import SpeechEncoder
 from avatar_rt.models.vae import VideoVAE
 from avatar_rt.models.weights import load_weights
-from training.losses.face import identity, likeness, perceptual, temporal
+from training.losses.face import identity, perceptual, temporal
 from training.losses.motion import motion_fidelity, sync
 from training.methods.flow import data_of
-from training.rewards.identity import IdentityNet, LatentIdentityNet, crop_faces
+from training.rewards.identity import IdentityNet, crop_faces
 
-M = TypeVar("M", bound=nn.Module)
-DECODED = ("identity", "perceptual", "temporal", "motion", "sync")
-NAMES = (*DECODED, "likeness")
+NAMES = ("identity", "perceptual", "temporal", "motion", "sync")
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ class View:
 
 @dataclass(frozen=True)
 class Networks:
-    """The frozen networks of the losses on decoded faces."""
+    """The frozen networks of the losses."""
 
     vae: VideoVAE
     identity: IdentityNet
@@ -87,24 +84,15 @@ class Networks:
     speech: SpeechEncoder
 
 
-def open_networks(
-    cfg: AvatarConfig, weights: Path, terms: Iterable[str]
-) -> tuple[Networks | None, LatentIdentityNet | None]:
-    """What the terms need, read from a folder of parts. Raises ArtifactError on one that is missing or does not fit."""
-
-    def read(name: str, part: M) -> M:
+def open_networks(cfg: AvatarConfig, weights: Path) -> Networks:
+    """Reads them from a folder of parts. Raises ArtifactError on one that is missing or does not fit."""
+    parts: tuple[tuple[str, nn.Module], ...] = (
+        ("vae", VideoVAE(cfg.vae)), ("identity", IdentityNet()), ("motion", MotionEncoder(cfg.motion)),
+        ("speech", SpeechEncoder(cfg.speech)),
+    )  # fmt: skip
+    for name, part in parts:
         load_weights(part, weights / f"{name}.safetensors", dtype=torch.float32)
-        return part
-
-    nets = latent = None
-    if set(terms) & set(DECODED):
-        nets = Networks(
-            read("vae", VideoVAE(cfg.vae)), read("identity", IdentityNet()), read("motion", MotionEncoder(cfg.motion)),
-            read("speech", SpeechEncoder(cfg.speech)),
-        )  # fmt: skip
-    if "likeness" in terms:
-        latent = read("latent_identity", LatentIdentityNet(cfg.dit.latent_channels))
-    return nets, latent
+    return Networks(**dict(parts))  # type: ignore[arg-type]
 
 
 class Suite:
@@ -112,31 +100,29 @@ class Suite:
 
     Args:
         terms: By name, some of NAMES.
-        nets: The networks of those on decoded faces; frozen here.
-        latent: That of ``likeness``; frozen here.
+        nets: Their networks; frozen here.
         samples, latents: How much of a batch is decoded in a step.
         dtype: What the decoder computes in.
 
-    Raises: InputError on a name that is none of NAMES, and on a loss without its networks.
+    Raises: InputError on a name that is none of NAMES.
     """
 
     def __init__(
-        self, terms: dict[str, Term], nets: Networks | None, latent: LatentIdentityNet | None = None, *,
-        samples: int = 2, latents: int = 2, dtype: torch.dtype = torch.bfloat16,
+        self, terms: dict[str, Term], nets: Networks, *, samples: int = 2, latents: int = 2,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:  # fmt: skip
         if unknown := sorted(set(terms) - set(NAMES)):
             raise InputError(f"auxiliary losses: expected some of {', '.join(NAMES)}, got {', '.join(unknown)}")
-        if lost := [n for n in terms if (latent if n == "likeness" else nets) is None]:
-            raise InputError(f"auxiliary losses: expected the networks of {', '.join(lost)} too, got none")
-        self.terms, self.samples, self.latents, self.dtype = terms, samples, latents, dtype
-        self._nets, self._latent = nets, latent
-        for part in (*(vars(nets).values() if nets else ()), *([latent] if latent else ())):
+        self.terms, self.nets, self.samples, self.latents, self.dtype = terms, nets, samples, latents, dtype
+        for part in vars(nets).values():
             part.requires_grad_(False).eval()
-
-    @property
-    def nets(self) -> Networks:
-        assert self._nets is not None
-        return self._nets
+        self.losses: dict[str, Callable[[View], Tensor]] = {
+            "identity": lambda view: identity(nets.identity, view.made_faces, view.who),
+            "perceptual": lambda view: perceptual(nets.identity, view.made_faces, view.true_faces, len(view.who)),
+            "temporal": lambda view: temporal(nets.identity, view.made_faces, view.true_faces, len(view.who)),
+            "motion": lambda view: motion_fidelity(nets.motion, view.made, view.motion),
+            "sync": lambda view: sync(nets.motion, view.made, view.heard),
+        }
 
     def __call__(
         self, step: int, b: Any, z: Tensor, v: Tensor, t: Tensor, g: torch.Generator
@@ -151,38 +137,16 @@ class Suite:
             g: Chooses what is decoded.
         """
         on = {name: term for name, term in self.terms.items() if term.at(step) > 0}
-        each: dict[str, tuple[Tensor, Tensor]] = {}  # the loss [n] of each, and the times of what it was computed from
+        rows, first = self.choose(t, b.given, max((term.t_max for term in on.values()), default=0.0), g)
+        if not on or not len(rows):
+            return v.new_zeros(()), {name: v.new_zeros(()) for name in self.terms}
         with torch.autocast(v.device.type, enabled=False):
-            if "likeness" in on:
-                each["likeness"] = self.likeness(b, z, v.float(), t)
-            decoded = {name: term for name, term in on.items() if name in DECODED}
-            rows, first = self.choose(t, b.given, max((term.t_max for term in decoded.values()), default=0.0), g)
-            if len(rows):
-                view = self.view(b, z, v.float(), t, rows, first)
-                each |= {name: (self.decoded(name, view).float(), t[rows, first]) for name in decoded}
-        parts = {name: (on[name].gate(times) * loss).mean() for name, (loss, times) in each.items()}
+            view = self.view(b, z, v.float(), t, rows, first)
+            each = {name: self.losses[name](view).float() for name in on}  # [n]
+        times = t[rows, first]
+        parts = {name: (on[name].gate(times) * loss).mean() for name, loss in each.items()}
         total = v.new_zeros(()) + sum(on[name].at(step) * part for name, part in parts.items())
         return total, {name: parts.get(name, v.new_zeros(())).detach() for name in self.terms}
-
-    def decoded(self, name: str, view: View) -> Tensor:
-        """A loss [n] on what was decoded."""
-        nets = self.nets
-        if name == "motion":
-            return motion_fidelity(nets.motion, view.made, view.motion)
-        if name == "sync":
-            return sync(nets.motion, view.made, view.heard)
-        if name == "identity":
-            return identity(nets.identity, view.made_faces, view.who)
-        loss = {"perceptual": perceptual, "temporal": temporal}[name]
-        return loss(nets.identity, view.made_faces, view.true_faces, len(view.who))
-
-    def likeness(self, b: Any, z: Tensor, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Of every latent that is generated: the loss [n], which fades with the noise, and its time [n]."""
-        assert self._latent is not None
-        window, at = torch.nonzero(~b.given, as_tuple=True)
-        times = t[window, at]
-        made = data_of(z[window, :, at].float(), v[window, :, at], times[:, None, None, None])
-        return (1 - times) * likeness(self._latent, made, b.x[window, :, at].float()), times
 
     def choose(self, t: Tensor, given: Tensor, t_max: float, g: torch.Generator) -> tuple[Tensor, Tensor]:
         """Windows [n] below ``t_max``, drawn at random, and the first of the latents [n] to decode in each.

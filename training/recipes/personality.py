@@ -34,8 +34,8 @@ def _make(name: str, steps: int = STEPS, settings: PersonalitySettings | None = 
         cfg = configuration(weights)
         suite = None
         if settings.terms:
-            nets = open_networks(cfg, weights, settings.terms)
-            suite = Suite(settings.terms, *nets, samples=settings.aux_samples, latents=settings.aux_latents)
+            suite = Suite(settings.terms, open_networks(cfg, weights), samples=settings.aux_samples,
+                          latents=settings.aux_latents)  # fmt: skip
         return PersonalityMethod(cfg, open_table(corpus, cfg), settings, steps, suite)
 
     return Recipe(name, build, steps=steps, **TINY)
@@ -74,8 +74,7 @@ def together() -> Recipe:
         Bucket(8, people=6, windows=1, first=0.05, last=0.4),
     )
     settings = PersonalitySettings(
-        buckets=buckets, token_shift=False, time_mean=0.4, mouth_weight=5.0, drop_all=0.0, drop_motion=0.0,
-        shuffle_motion=0.0, reference_lengths=(1, 2, 4), terms={"likeness": Term(0.5, warmup=300, t_max=0.9)},
+        buckets=buckets, token_shift=False, drop_all=0.0, drop_motion=0.0, shuffle_motion=0.0
     )  # fmt: skip
     return _make("personality.together", 2600, settings)
 

@@ -1,7 +1,6 @@
-"""Small face-identity networks of our own, of pictures and of latents: perceptual loss of the VAE's decoder, identity
-and likeness losses of the transformer.
+"""A small face-identity network of our own: perceptual loss of the VAE's decoder, identity loss of the transformer.
 
-They never score results: ``bench.quality`` embeds faces with a network that saw none of this corpus.
+It never scores results: ``bench.quality`` embeds faces with a network that saw none of this corpus.
 """
 
 from __future__ import annotations
@@ -14,48 +13,34 @@ SIZE = 80  # side of a face crop in pixels
 MARGIN = 1.25  # side of the crop over the height of the face box, hairline to chin
 
 
-class _Net(nn.Module):
-    """Maps at ever lower resolution, then a unit embedding."""
+class IdentityNet(nn.Module):
+    """Face crops [B, 3, 80, 80] in -1..1 -> unit embeddings [B, 64]; its inner maps serve as perceptual features."""
 
-    def __init__(self, channels: int, widths: tuple[int, ...], dim: int) -> None:
+    def __init__(self, base: int = 32, dim: int = 64) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(channels, widths[0], 3, padding=1)
-        self.levels = nn.ModuleList(_Level(a, b) for a, b in zip(widths[:1] + widths, widths, strict=False))
-        self.out = nn.Linear(widths[-1], dim)
+        widths = (base, 2 * base, 4 * base, 4 * base)
+        self.stem = nn.Conv2d(12, base, 3, padding=1)
+        self.levels = nn.ModuleList()
+        before = base
+        for width in widths:
+            self.levels.append(_Level(before, width))
+            before = width
+        self.out = nn.Linear(before, dim)
 
-    def features(self, x: Tensor) -> list[Tensor]:
-        """The map after each level, each half as high and wide as the one before."""
-        x, maps = self.stem(x), []
+    def features(self, faces: Tensor) -> list[Tensor]:
+        """The map after each level: [B, 32, 40, 40], [B, 64, 20, 20], [B, 128, 10, 10], [B, 128, 5, 5]."""
+        x, maps = self.stem(F.pixel_unshuffle(faces, 2)), []
         for i, level in enumerate(self.levels):
             x = level(F.avg_pool2d(x, 2) if i else x)
             maps.append(x)
         return maps
 
     def embed(self, last: Tensor) -> Tensor:
-        """Unit embedding [B, dim] from the last map."""
+        """Unit embedding [B, 64] from the last map."""
         return F.normalize(self.out(F.silu(last).mean((2, 3)).float()), dim=-1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.embed(self.features(x)[-1])
-
-
-class IdentityNet(_Net):
-    """Face crops [B, 3, 80, 80] in -1..1 -> unit embeddings [B, 64]; its inner maps ([B, 32, 40, 40], [B, 64, 20, 20],
-    [B, 128, 10, 10], [B, 128, 5, 5]) serve as perceptual features."""
-
-    def __init__(self, base: int = 32, dim: int = 64) -> None:
-        super().__init__(12, (base, 2 * base, 4 * base, 4 * base), dim)
-
-    def features(self, faces: Tensor) -> list[Tensor]:
-        return super().features(F.pixel_unshuffle(faces, 2))
-
-
-class LatentIdentityNet(_Net):
-    """Latents of single frames [B, C, h, w], normalised -> unit embeddings [B, 64] of who is in them. What it sees need
-    not be decoded, so a loss can look at every latent of a batch (as arXiv 2405.05967 takes LPIPS to latents)."""
-
-    def __init__(self, channels: int = 16, base: int = 64, dim: int = 64) -> None:
-        super().__init__(channels, (base, base * 3 // 2, 2 * base), dim)
+    def forward(self, faces: Tensor) -> Tensor:
+        return self.embed(self.features(faces)[-1])
 
 
 class _Level(nn.Module):
