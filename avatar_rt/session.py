@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -21,7 +22,7 @@ from avatar_rt.models.vae import VideoVAE
 from avatar_rt.pipeline.decode import decode_chunk
 from avatar_rt.pipeline.denoise import ChunkState, Conditions, Scene, denoise_chunk
 from avatar_rt.pipeline.reference import ReferenceCache, encode_reference, pack_cache
-from avatar_rt.pipeline.schedule import make_schedule
+from avatar_rt.pipeline.schedule import Schedule, make_schedule
 from avatar_rt.prepared import Reference
 from avatar_rt.runtime.stream import Head, Made, Span, Stream
 from avatar_rt.runtime.trace import stage
@@ -113,7 +114,9 @@ class Session:
         self.schedule = make_schedule(sampling, cfg.chunk, seed, has_text=bool(prompt))
         self.overlap, self.stats = overlap, ChunkStats()
         self._cache = pack_cache(reference.cache) if use_cache else None
-        self._stream = Stream(self._span, Head(0, ChunkState()), queue_seconds)
+        # Not a method of this session: it goes, with its reference, when its last user does and not at a collection.
+        span = functools.partial(_span, self.schedule, cfg.dit.audio_per_latent, engine.speech.context)
+        self._stream = Stream(span, Head(0, ChunkState()), queue_seconds)
         self._decoder: tuple[Tensor, ...] = ()
         self._open = threading.Lock()  # held by the one iteration over frames()
 
@@ -240,14 +243,6 @@ class Session:
     def _reference(self) -> ReferenceCache:
         return self._cache or encode_reference(self.engine.dit, self.reference.context)
 
-    def _span(self, index: int) -> Span:
-        """The index-th chunk on the timeline. Its sound is that of all its frames with the speech encoder's context."""
-        plan, per = self.schedule.plan(index), self.engine.config.dit.audio_per_latent
-        first, end = max(per * (plan.start - 1) + 1, 0), per * (plan.start + plan.latents - 1) + 1
-        new = max(per * (plan.start + plan.overlap - 1) + 1, 0)
-        left, right = self.engine.speech.context
-        return Span(first * SAMPLES_PER_FRAME - left, end * SAMPLES_PER_FRAME + right, new, end)
-
     @contextmanager
     def _denoising(self, wait: bool, idle_after: float | None) -> Iterator[Callable[[], Made | None]]:
         """Chunks are made as long as the block lasts; gives what waits for the next one, None when none will come."""
@@ -303,6 +298,14 @@ class Session:
         """
         self._stream.resume(Head(state.index, state.chunk), state.frames)
         self._decoder = state.decoder
+
+
+def _span(schedule: Schedule, per: int, context: tuple[int, int], index: int) -> Span:
+    """The index-th chunk on the timeline. Its sound is that of all its frames with the speech encoder's context."""
+    plan = schedule.plan(index)
+    first, end = max(per * (plan.start - 1) + 1, 0), per * (plan.start + plan.latents - 1) + 1
+    new = max(per * (plan.start + plan.overlap - 1) + 1, 0)
+    return Span(first * SAMPLES_PER_FRAME - context[0], end * SAMPLES_PER_FRAME + context[1], new, end)
 
 
 def _mono(samples: np.ndarray) -> np.ndarray:

@@ -192,7 +192,7 @@ def test_reference_rows_never_enter_the_loss() -> None:
     # A model that ignores the reference (no keys, no values) has a loss that no reference can change.
     dit = method.module["dit"]
     encode = dit.encode_reference
-    dit.encode_reference = lambda *a: tuple(kv[:, :, :0] for kv in encode(*a))  # type: ignore[method-assign]
+    dit.encode_reference = lambda *a, **k: tuple(kv[:, :, :0] for kv in encode(*a, **k))  # type: ignore[method-assign]
     plain = method.loss(b, t, torch.Generator().manual_seed(1), step=0)["loss"]
     other = b.rolled("ref_latents", "ref_audio", "ref_motion")
     assert torch.equal(plain, method.loss(other, t, torch.Generator().manual_seed(1), step=0)["loss"])
@@ -208,7 +208,7 @@ def test_reference_reaches_the_loss_only_through_attention() -> None:
     assert float(b.ref_latents.grad.abs().sum()) > 0
     dit, b.ref_latents.grad = method.module["dit"], None
     encode = dit.encode_reference
-    dit.encode_reference = lambda *a: tuple(kv.detach() for kv in encode(*a))  # type: ignore[method-assign]
+    dit.encode_reference = lambda *a, **k: tuple(kv.detach() for kv in encode(*a, **k))  # type: ignore[method-assign]
     method.loss(b, t, torch.Generator().manual_seed(1), step=0)["loss"].backward()
     assert b.ref_latents.grad is None
 

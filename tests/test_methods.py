@@ -284,9 +284,9 @@ class Told:
             self.texts.append(text)
             return forward(latents, t, text, audio, **kw)
 
-        def spy_encode(latents: Any, *a: Any) -> Any:
+        def spy_encode(latents: Any, *a: Any, **k: Any) -> Any:
             self.encoded.append(len(latents))
-            return encode(latents, *a)
+            return encode(latents, *a, **k)
 
         dit.forward, dit.encode_reference = spy, spy_encode  # type: ignore[method-assign]
 
