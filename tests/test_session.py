@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import threading
 import time
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,23 +94,6 @@ def slow(engine: AvatarEngine) -> Iterator[Slow]:
 
 
 # ---- the same frames -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("overlap", [True, False])
-def test_a_session_goes_with_its_last_user(
-    engine: AvatarEngine, reference: Reference, speech: np.ndarray, overlap: bool
-) -> None:
-    """It holds a reference's keys and values, which are large: no cycle keeps them until a collection."""
-    gc.collect()
-    gc.disable()
-    try:
-        session = open_(engine, reference, overlap=overlap)
-        video_of(session, speech[:SAMPLE_RATE])
-        gone = weakref.ref(session)
-        del session
-        assert gone() is None
-    finally:
-        gc.enable()
 
 
 @pytest.mark.parametrize("overlap", [True, False])

@@ -1,12 +1,18 @@
-"""What sessions are made of: turns on the engine, and sound by absolute sample."""
+"""What sessions are made of: turns on the engine, sound by absolute sample; and that they go."""
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
+from pathlib import Path
 
 import numpy as np
+import pytest
 from serve_client import until
+from small_bundle import write_bundle
 
+from avatar_rt import AvatarEngine
 from avatar_rt.runtime.timeline import Timeline
 from avatar_rt.runtime.turns import Turns
 
@@ -59,3 +65,23 @@ def test_timeline_is_the_sound_by_absolute_sample() -> None:
         assert np.array_equal(timeline.read(low, high), padded[:, low:high])
     assert sum(p.shape[1] for p in timeline._pieces) == timeline.end - timeline.start
     assert np.array_equal(Timeline(1).read(-3, 2), np.zeros((1, 5), np.float32))
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_session_goes_with_its_last_user(tmp_path: Path, overlap: bool) -> None:
+    """It holds a reference's keys and values, which are large: no cycle keeps them until a collection."""
+    random = np.random.default_rng(0)
+    engine = AvatarEngine(write_bundle(tmp_path / "bundle"))
+    reference = engine.prepare(random.integers(0, 255, (9, 32, 32, 3), dtype=np.uint8), cropped=True)
+    gc.collect()
+    gc.disable()
+    try:
+        session = engine.session(reference, overlap=overlap)
+        session.push_audio(random.standard_normal(6000).astype(np.float32) * 0.1)
+        session.end_audio()
+        assert sum(len(frames) for frames in session.frames())
+        gone = weakref.ref(session)
+        del session
+        assert gone() is None
+    finally:
+        gc.enable()
