@@ -90,22 +90,17 @@ def _recipes() -> dict[str, tuple[Recipe, int]]:
     plain = {name: (replace(recipe(name), micro_batches=2), 2) for name in PLAIN}
     whole = replace(recipe("personality"), muon_lr=0.0, micro_batches=2)
     sharing = {key: (replace(whole, **fields), 2) for key, fields in SHARING.items()}
-    return (
-        plain
-        | sharing
-        | {
-            "sometimes": (_ragged(True), 4),
-            "sharded personality": (replace(recipe("personality"), muon_lr=0.0, **SHARDED), 2),
-            "from meta": (replace(whole, build=_on_meta, **SHARDED), 2),
-            "sharded": (_ragged(False, sharded=True, sharded_dtype="float32"), 4),
-            "sharded muon": (_ragged(False, muon_lr=1e-2, conv_muon_lr=1e-2, sharded=True, sharded_dtype="float32"), 4),
-            "sharded blocks": (
-                _ragged(False, sharded=True, sharded_dtype="float32", recompute=True, compile="eager"),
-                4,
-            ),
-            "sharded bf16": (_ragged(False, sharded=True, autocast=True), 4),
-        }
-    )
+    return {
+        **plain,
+        **sharing,
+        "sometimes": (_ragged(True), 4),
+        "sharded personality": (replace(whole, **SHARDED), 2),
+        "from meta": (replace(whole, build=_on_meta, **SHARDED), 2),
+        "sharded": (_ragged(False, sharded=True, sharded_dtype="float32"), 4),
+        "sharded muon": (_ragged(False, muon_lr=1e-2, conv_muon_lr=1e-2, sharded=True, sharded_dtype="float32"), 4),
+        "sharded blocks": (_ragged(False, sharded=True, sharded_dtype="float32", recompute=True, compile="eager"), 4),
+        "sharded bf16": (_ragged(False, sharded=True, autocast=True), 4),
+    }
 
 
 def _on_meta(corpus: Path) -> Method:

@@ -263,12 +263,11 @@ def train(
 def _set_up(recipe: Recipe, method: Method, out: Path, world: World, init: Path | None) -> tuple[Run, list[str]]:
     """The method on its device, the same on every rank, its blocks wrapped and its weights sharded as asked; and what
     is to be told of its start. Weights that were built on the meta device are filled where they will be."""
-    module, told, call = method.module, [], None
+    module, call = method.module, None
     empty, sharded = is_meta(module), recipe.sharded and world.size > 1
     if empty and getattr(method, "table", True) is None:
         raise InputError(f"{recipe.name}: expected a corpus that was encoded for it (CORPUS/weights), there is none")
     if not empty:
-        told = [checkpoint.start_from(method, init)] if init is not None else []
         getattr(method, "to", module.to)(world.device)
         parallel.broadcast(module, world)
     world = parallel.share_batches(method, recipe, world)
@@ -279,7 +278,7 @@ def _set_up(recipe: Recipe, method: Method, out: Path, world: World, init: Path 
         parallel.fill_in_order(module, world.device)
     if empty:
         getattr(method, "filled", lambda: None)()
-        told = [checkpoint.start_from(method, init)] if init is not None else []
+    told = [checkpoint.start_from(method, init)] if init is not None else []
     return Run(recipe, method, out, world, call), told
 
 

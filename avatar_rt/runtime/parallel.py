@@ -93,7 +93,7 @@ class SequenceParallel:
         self.mesh, self.transport = mesh, transport
         self.ulysses = transport.group(mesh.ulysses_groups)
         self.ring = transport.group(mesh.ring_groups)
-        self.all = transport.group([range(mesh.world)])
+        self.all = transport.everybody
 
     def rows(self, total: int) -> RowShare:
         """This rank's share of ``total`` rows. Raises InputError when there is not a row for every rank."""

@@ -23,7 +23,7 @@ class RankSeams:
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
-        self.all = transport.group([range(transport.world)])
+        self.all = transport.everybody
         self.heights: list[int] = []  # latent rows of every rank's stripe, set by each call
 
     def extend(self, *stripes: Tensor) -> tuple[list[Tensor], int]:

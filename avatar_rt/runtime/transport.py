@@ -60,6 +60,7 @@ class Transport(ABC):
 
     rank: int
     world: int
+    everybody: Group
 
     def __init__(self) -> None:
         self.failed = False  # a RankError has been raised here: the run is ending
