@@ -16,6 +16,7 @@ from small_stages import CFG, SmallTable, build, networks, with_text_of_the_call
 from avatar_rt.config import AvatarConfig, preset
 from avatar_rt.errors import ArtifactError, InputError
 from avatar_rt.models.dit import VideoRefDiT
+from avatar_rt.models.weights import save_weights
 from training.methods import flow
 from training.methods.a2v import A2VMethod, A2VSettings
 from training.methods.flow import Bucket, draw_bucket, expected_tokens
@@ -39,8 +40,10 @@ RECIPES = (
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The recipes' own functions, on the small corpus and the small model."""
+    (tmp_path / "weights").mkdir()
+    save_weights(networks().vae, tmp_path / "weights" / "vae.safetensors", dtype=torch.float32)
     for module in (t2v, personality):
         monkeypatch.setattr(module, "configuration", lambda weights: CFG)
         monkeypatch.setattr(module, "open_table", lambda corpus, cfg: SmallTable(cfg))
@@ -83,6 +86,7 @@ def test_every_recipe_runs_alone(name: str, small: None, tmp_path: Path) -> None
     exported = AvatarConfig.from_json((tmp_path / "run" / "config.json").read_text())
     assert exported == run.method.cfg
     assert (tmp_path / "run" / "dit.safetensors").is_file() and (tmp_path / "run" / "text.safetensors").is_file()
+    assert (tmp_path / "run" / "validation" / "video-000004.png").is_file()
 
 
 def test_stages_follow_each_other(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,8 +20,9 @@ from avatar_rt.errors import ArtifactError, InputError
 from avatar_rt.models.dit import VideoRefDiT, with_masks
 from avatar_rt.models.spread import Spread
 from avatar_rt.models.text import TextEncoder
-from avatar_rt.models.weights import save_weights
-from training.methods import flow
+from avatar_rt.models.vae import VideoVAE
+from avatar_rt.models.weights import load_weights, save_weights
+from training.methods import flow, sheet
 from training.methods.flow import Bucket
 from training.methods.windows import Batch, Drawer
 from training.recipe import common
@@ -97,6 +98,7 @@ class FlowMethod:
     """
 
     spread: Spread | None = None  # over which ranks the transformer's rows are spread
+    vae: VideoVAE | None = None  # decodes what validation shows
 
     def __init__(self, cfg: AvatarConfig, table: Any, settings: FlowSettings, steps: int) -> None:
         self.cfg, self.table, self.settings, self.steps = stage_config(cfg, settings.adds), table, settings, steps
@@ -235,22 +237,36 @@ class FlowMethod:
         return {**values, "samples": torch.tensor(count), "tokens": torch.tensor(count * bucket.tokens(self.cfg))}
 
     def validate(self, step: int, out: Path) -> dict[str, float]:
-        """Flow error at fixed times on held-out people, whole windows: right, and with conditions of another window."""
+        """Flow error at fixed times on held-out people, whole windows: right, with conditions of another window,
+        and on people of the training (``seen``), whose error falls below when there are too few of them.
+
+        After ``show``, ``video-<step>.png`` has a few of the windows beside what the model makes of noise.
+        """
         frames = max(b.frames for b in self.settings.buckets)
         pool, result = self.pool("val"), {}
         bucket = Bucket(frames, people=min(16, 2 * len(pool)))
-        names = {"flow": (), **self.wrong()}
+        measured = {name: (pool, fields) for name, fields in {"flow": (), **self.wrong()}.items()}
+        measured["seen"] = (self.pool("train"), ())
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
             for t in (0.3, 0.6, 0.9):
-                for name, fields in names.items():
+                for name, (clips, fields) in measured.items():
                     g = torch.Generator().manual_seed(1)  # the same windows and noise each time
-                    b = self.draw(pool, g, bucket, "first").rolled(*fields)
+                    b = self.draw(clips, g, bucket, "first").rolled(*fields)
                     values = self.loss(b, torch.full((len(b.x),), t), g, step=None)
                     result[f"{name}@{t}"] = float(values["plain"])
-                    if not fields and "motion" in values:
+                    if name == "flow" and "motion" in values:
                         result[f"motion@{t}"] = float(values["motion"])
-        result |= {n: sum(result[f"{n}@{t}"] for t in (0.3, 0.6, 0.9)) / 3 for n in names}
+            if self.vae is not None:
+                g = torch.Generator().manual_seed(1)
+                b = self.draw(pool, g, dataclasses.replace(bucket, people=min(sheet.PEOPLE, bucket.people)), "first")
+                sheet.write_samples(self, self.vae, b, out / f"video-{step:06d}.png")
+        result |= {n: sum(result[f"{n}@{t}"] for t in (0.3, 0.6, 0.9)) / 3 for n in measured}
         return result
+
+    def show(self, weights: Path) -> None:
+        """Has validations draw sheets of made windows, by the VAE of a folder of parts. Raises ArtifactError."""
+        self.vae = VideoVAE(self.cfg.vae)
+        load_weights(self.vae.eval(), weights / "vae.safetensors", dtype=torch.float32)
 
     def export(self, out: Path) -> None:
         """The parts in bf16, and ``config.json`` of the stage's model."""

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from avatar_rt.models.vae import VideoVAE
 from avatar_rt.models.vae_blocks import CausalConv3d, FrameAttention, FrameConv2d, ResidualBlock
 from avatar_rt.models.weights import load_weights, save_weights
 from training.methods.augment import draw
+from training.methods.sheet import save_sheet
 from training.recipe import device_of, to_device
 from training.rewards.identity import IdentityNet, crop_faces, perceptual_distance
 
@@ -129,7 +129,7 @@ class VAEMethod:
             mouth.append(psnr(error[region(boxes, error.shape, *MOUTH)]))
             eyes.append(psnr(error[region(boxes, error.shape, *EYES)]))
             sheet.append(torch.cat([video[0, :, [0, n // 2, n - 1]], decoded[0, :, [0, n // 2, n - 1]]], 1))
-        save_sheet(sheet[:12], out / f"vae-{step:06d}.png")
+        save_sheet(sheet[:12], out / f"vae-{step:06d}.png", across=2)
         return {
             "psnr": float(np.mean(whole)), "psnr_min": float(np.min(whole)),
             "mouth_psnr": float(np.mean(mouth)), "eyes_psnr": float(np.mean(eyes)),
@@ -283,12 +283,3 @@ def latent_statistics(vae: VideoVAE, corpus: Any, clips: int = 200) -> tuple[lis
 def psnr(squared_error: Tensor) -> float:
     """dB from squared errors of values in -1..1."""
     return float(-10 * (squared_error.mean() / 4).clamp_min(1e-10).log10())
-
-
-def save_sheet(rows: list[Tensor], path: Path, scale: int = 2) -> None:
-    """Rows [3, N, H, W] in -1..1 (truth, then decoded) as one picture, two rows side by side."""
-    rows = [torch.cat(list(r.unbind(1)), dim=2) for r in rows]
-    pairs = [torch.cat(rows[i : i + 2], dim=2) for i in range(0, len(rows) - len(rows) % 2, 2)] or rows
-    picture = torch.cat(pairs, dim=1).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    path.write_bytes(cv2.imencode(".png", np.ascontiguousarray(pixels[..., ::-1]))[1].tobytes())

@@ -36,7 +36,9 @@ def _make(name: str, steps: int = STEPS, settings: PersonalitySettings | None = 
         if settings.terms:
             suite = Suite(settings.terms, open_networks(cfg, weights), samples=settings.aux_samples,
                           latents=settings.aux_latents)  # fmt: skip
-        return PersonalityMethod(cfg, open_table(corpus, cfg), settings, steps, suite)
+        made = PersonalityMethod(cfg, open_table(corpus, cfg), settings, steps, suite)
+        made.show(weights)
+        return made
 
     return Recipe(name, build, steps=steps, **TINY)
 

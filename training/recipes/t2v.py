@@ -39,7 +39,9 @@ def make(
 
     def build(corpus: Path) -> FlowMethod:
         cfg = configuration(corpus / "weights")
-        return method(cfg, open_table(corpus, cfg), settings, steps)
+        made = method(cfg, open_table(corpus, cfg), settings, steps)
+        made.show(corpus / "weights")
+        return made
 
     return Recipe(name, build, steps=steps, **{**TINY, **optimiser})
 
@@ -57,7 +59,10 @@ def make_large(
         cfg = replace(cfg, dit=replace(cfg.dit, motion_dim=preset("wan_1_3b").dit.motion_dim))
         table = open_table(corpus, cfg) if (corpus / "weights").is_dir() else None
         with torch.device("meta"):
-            return method(cfg, table, settings, steps)
+            made = method(cfg, table, settings, steps)
+        if table is not None:
+            made.show(corpus / "weights")
+        return made
 
     return Recipe(name, build, steps=steps, **LARGE)
 
