@@ -16,10 +16,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from small_stages import SmallTable, with_text_of_the_caller
+from small_stages import SmallTable, networks, with_text_of_the_caller
 from torch import Tensor, nn
 from train_methods import recipe, write_corpus
 
@@ -95,7 +97,7 @@ def _recipes() -> dict[str, tuple[Recipe, int]]:
         **sharing,
         "sometimes": (_ragged(True), 4),
         "sharded personality": (replace(whole, **SHARDED), 2),
-        "from meta": (replace(whole, build=_on_meta, **SHARDED), 2),
+        "from meta": (replace(whole, build=_on_meta, validate_every=2, ulysses=2, **SHARDED), 2),
         "sharded": (_ragged(False, sharded=True, sharded_dtype="float32"), 4),
         "sharded muon": (_ragged(False, muon_lr=1e-2, conv_muon_lr=1e-2, sharded=True, sharded_dtype="float32"), 4),
         "sharded blocks": (_ragged(False, sharded=True, sharded_dtype="float32", recompute=True, compile="eager"), 4),
@@ -108,7 +110,9 @@ def _on_meta(corpus: Path) -> Method:
     cfg = with_text_of_the_caller()
     table = SmallTable(cfg)
     with torch.device("meta"):
-        return PersonalityMethod(cfg, table, PersonalitySettings(buckets=(Bucket(3, people=2),)), 9)
+        method = PersonalityMethod(cfg, table, PersonalitySettings(buckets=(Bucket(3, people=2),)), 9)
+    method.vae = networks(cfg).vae
+    return method
 
 
 def _as_two_ranks(folder: Path) -> None:
@@ -202,10 +206,21 @@ def test_two_ranks_train_what_one_does(two: Path, key: str) -> None:
 def test_sharded_ranks_train_what_one_whole_does(two: Path, key: str, limit: float) -> None:
     """To rounding: of fp32; of bf16 in Muon's Newton-Schulz iteration, and in gathered weights; steps are of 1e-2."""
     mine, theirs = _one(two, key)[0], _state(two, key)[0]
-    start = train(_recipes()[key][0], two / "corpus", two / "start" / key, until=0)
+    start = train(replace(_recipes()[key][0], ulysses=1), two / "corpus", two / "start" / key, until=0)
     moved = _apart(mine, start._state() | {k: v for k, v in mine.items() if k.startswith("optimiser.")}, "module.")
     assert _apart(mine, theirs, "module.") <= limit and moved > 4 * limit
     assert _apart(mine, theirs, "average.") <= limit
+
+
+def test_ranks_that_hold_parts_validate_together(two: Path) -> None:
+    """The same measures and the same sheet as one process's, of sharded weights and shared rows."""
+    _one(two, "from meta")
+    runs = [two / size / "from meta" for size in ("one", "two")]
+    sheets = [cv2.imread(str(run / "validation" / "video-000002.png")).astype(int) for run in runs]
+    assert sheets[0].std() > 1 and np.abs(sheets[0] - sheets[1]).max() <= 1
+    lines = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
+    one, other = (next(line["val"] for line in text if "val" in line) for text in lines)
+    assert one == pytest.approx(other, rel=1e-4)
 
 
 @pytest.mark.parametrize("key", SHARING)
@@ -232,7 +247,7 @@ def test_sharing_that_cannot_be_is_refused(two: Path, tmp_path: Path) -> None:
 
 
 def test_weights_from_meta_are_filled_as_their_constructors_would_and_taken_up_in_parts(two: Path) -> None:
-    what = replace(_recipes()["from meta"][0], sharded=False)
+    what = replace(_recipes()["from meta"][0], sharded=False, ulysses=1)
     start = train(what, two / "corpus", two / "start" / "filled", until=0)._state()
     for name, p in start.items():
         if name.startswith("module."):
