@@ -38,6 +38,7 @@ class DiTConfig:
         reference_window: Radius in latent frames for ``window``.
         reference_rope_offset: Time index of the first reference frame.
         anchor: Whether scene/anchor rows exist (type embedding).
+        anchor_concat: Whether the anchor is also concatenated, in channels, to every generated frame (as in Wan's I2V).
         audio_dim, reference_audio_dim: Widths of the speech features of the two sides; 0 is off.
         audio_per_latent: Speech features per latent frame (25 Hz over a 4x VAE: 4).
         audio_adapter_dim: Bottleneck of the reference-audio adapters on q, k and v; 0 is off.
@@ -64,6 +65,7 @@ class DiTConfig:
     reference_window: int = 1
     reference_rope_offset: int = 256
     anchor: bool = False
+    anchor_concat: bool = False
     audio_dim: int = 0
     reference_audio_dim: int = 0
     audio_per_latent: int = 4
@@ -83,6 +85,7 @@ class DiTConfig:
             self.prediction in ("velocity", "preconditioned"),
             f"prediction: expected velocity or preconditioned, got {self.prediction!r}",
         )
+        _check(self.anchor or not self.anchor_concat, "anchor_concat: expected an anchor (anchor=True), there is none")
         patterns = ("full", "frame", "window")
         _check(
             self.reference_pattern in patterns,
@@ -192,12 +195,17 @@ class ChunkConfig:
     ``steady`` is the share of what has crept into a chunk's level (``pipeline.schedule.level``) since the first chunk
     that is taken back; 0 is off. ``ease`` is the share of the step from the last carried latent to the first new one
     that is taken back there, its square at the next latent, and so on; 0 is off.
+
+    ``lead_in``: a video begins with a latent like all others, whose first three frames lie before the sound and are not
+    shown. Without it, it begins with the VAE's latent of one frame, as published models do; that one looks unlike every
+    latent of the reference.
     """
 
     latents: int = 21
     overlap: int = 2
     steady: float = 1.0
     ease: float = 0.0
+    lead_in: bool = False
 
 
 @dataclass(frozen=True)
@@ -334,14 +342,15 @@ _WAN_VAE = VAEConfig(
 
 PRESETS: dict[str, AvatarConfig] = {
     "tiny": AvatarConfig(
-        name="tiny", height=64, width=64, output_scale=4, reference_latents=16,
-        dit=DiTConfig(dim=256, ffn_dim=512, num_heads=4, num_layers=5, text_dim=64, text_len=16, mask_channels=2,
-                      reference=True, anchor=True, audio_dim=128, reference_audio_dim=128, audio_adapter_dim=32,
-                      motion_dim=4 * MOTION_CHANNELS),
-        vae=VAEConfig(base_dim=48, encoder_base_dim=32, dim_mult=(1, 2, 2), num_res_blocks=1,
+        name="tiny", height=128, width=128, output_scale=2, reference_latents=16,
+        dit=DiTConfig(dim=256, ffn_dim=448, num_heads=4, num_layers=5, text_dim=64, text_len=16, mask_channels=2,
+                      rope_spatial_stride=2.0, reference=True, anchor=True, anchor_concat=True, audio_dim=128,
+                      reference_audio_dim=128, audio_adapter_dim=8, motion_dim=4 * MOTION_CHANNELS,
+                      prediction="preconditioned"),
+        vae=VAEConfig(base_dim=32, encoder_base_dim=24, dim_mult=(1, 2, 4), num_res_blocks=1,
                       temporal_downsample=(True, True), patch=2, time_kernel=(1, 1, 1)),
-        text=TextConfig(dim=64, length=16, buckets=2048),
-        chunk=ChunkConfig(latents=8, overlap=2, ease=0.55),
+        text=TextConfig(dim=64, length=16, buckets=512),
+        chunk=ChunkConfig(latents=8, overlap=2, ease=0.55, lead_in=True),
         sampling=SamplingConfig(steps=20, shift=3.0, reference_scale=3.0, audio_scale=2.5),
     ),
     "wan_1_3b": AvatarConfig(

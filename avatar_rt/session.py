@@ -19,7 +19,7 @@ from avatar_rt.errors import InputError
 from avatar_rt.models.dit import VideoRefDiT
 from avatar_rt.models.speech import SpeechEncoder
 from avatar_rt.models.vae import VideoVAE
-from avatar_rt.pipeline.decode import decode_chunk
+from avatar_rt.pipeline.decode import decode_chunk, still_of
 from avatar_rt.pipeline.denoise import ChunkState, Conditions, Scene, denoise_chunk
 from avatar_rt.pipeline.reference import ReferenceCache, encode_reference, pack_cache
 from avatar_rt.pipeline.schedule import Schedule, make_schedule
@@ -233,8 +233,9 @@ class Session:
             given = Conditions(self.scene, audio, self.text, self.empty_text)
             plan = self.schedule.plan(job.head.index)
             result = denoise_chunk(
-                engine.dit, engine.config, self.schedule, plan, job.head.state, self._reference, given, stale
-            )
+                engine.dit, engine.config, self.schedule, plan, job.head.state, self._reference, given, stale,
+                still_of=functools.partial(still_of, engine.vae),
+            )  # fmt: skip
         if result is not None:
             seconds = {"turn": started - begun, "denoise": time.perf_counter() - started}
             self._stream.add(job, *result, seconds)
@@ -303,9 +304,9 @@ class Session:
 def _span(schedule: Schedule, per: int, context: tuple[int, int], index: int) -> Span:
     """The index-th chunk on the timeline. Its sound is that of all its frames with the speech encoder's context."""
     plan = schedule.plan(index)
-    first, end = max(per * (plan.start - 1) + 1, 0), per * (plan.start + plan.latents - 1) + 1
+    heard, (left, right) = schedule.frames_of(plan, per), context
     new = max(per * (plan.start + plan.overlap - 1) + 1, 0)
-    return Span(first * SAMPLES_PER_FRAME - context[0], end * SAMPLES_PER_FRAME + context[1], new, end)
+    return Span(heard.start * SAMPLES_PER_FRAME - left, heard.stop * SAMPLES_PER_FRAME + right, new, heard.stop)
 
 
 def _mono(samples: np.ndarray) -> np.ndarray:

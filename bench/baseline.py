@@ -26,6 +26,7 @@ from avatar_rt.models.dit import VideoRefDiT, velocity_of, with_masks
 from avatar_rt.models.layers import Block, Head, linear_fp32
 from avatar_rt.models.vae import VideoVAE
 from avatar_rt.models.vae_blocks import FrameAttention, ResidualBlock, Upsample, unfold_patch
+from avatar_rt.pipeline.decode import still_of
 from avatar_rt.pipeline.denoise import ChunkState, settle
 from avatar_rt.pipeline.reference import ReferenceContext
 from avatar_rt.pipeline.schedule import Schedule
@@ -110,7 +111,7 @@ class PlainDiT(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """As ``VideoRefDiT.forward``; ``ref`` is recomputed here, ``kv`` (its keys and values per block) is read."""
         d, cfg = self.dit, self.cfg
-        x, grid = d._tokens(latents, motion)
+        x, grid = d._tokens(latents, motion, anchor)
         frames, rows = grid[0], x.shape[1]
         patches = grid[1] * grid[2]
         a = d.patch_embedding(anchor.to(d.patch_embedding.weight.dtype)).float().flatten(2).transpose(1, 2)
@@ -268,7 +269,7 @@ class PlainDecoder(nn.Module):
             b, c, t, h, w = x.shape
             x = torch.cat([before, x], 2)
             new.append(x[:, :, -2:])
-            y = _conv(layer.time_conv, x)
+            y = _conv(layer.time_conv, x) if t else x.new_zeros(b, 2 * c, 0, h, w)  # there may be the first alone
             y = y.reshape(b, 2, c, t, h, w).permute(0, 2, 3, 1, 4, 5).reshape(b, c, 2 * t, h, w)
             x = y if first is None else torch.cat([first.to(y.dtype), y], 2)
         return _conv(layer.conv, F.interpolate(x, scale_factor=(1.0, 2.0, 2.0), mode="nearest"))
@@ -297,7 +298,13 @@ class Plain:
         while emitted < total:
             with torch.inference_mode(), autocast():
                 latents, carried = self.chunk(reference, wave, schedule, index, carried)
-                video, decoder = self.decode(self.engine.vae.denormalize(latents), decoder)
+                z = self.engine.vae.denormalize(latents)
+                if decoder is None and schedule.chunk.lead_in:
+                    _, decoder = self.decode(z[:, :, :1], None)
+                    video, decoder = self.decode(z, decoder)
+                    video = video[:, :, 3:]
+                else:
+                    video, decoder = self.decode(z, decoder)
                 pictures = self.pictures(video)[: total - emitted]
             emitted, index = emitted + len(pictures), index + 1
             yield pictures
@@ -310,9 +317,9 @@ class Plain:
         frames = ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
         return frames.contiguous().cpu().numpy()
 
-    def sound(self, wave: np.ndarray, first: int, last: int) -> Tensor:
+    def sound(self, wave: np.ndarray, heard: range) -> Tensor:
         left, right = self.engine.speech.context
-        low, high = first * SAMPLES_PER_FRAME - left, (last + 1) * SAMPLES_PER_FRAME + right
+        low, high = heard.start * SAMPLES_PER_FRAME - left, heard.stop * SAMPLES_PER_FRAME + right
         piece = np.zeros(high - low, np.float32)
         part = wave[max(low, 0) : max(high, 0)]
         piece[max(-low, 0) : max(-low, 0) + len(part)] = part
@@ -324,7 +331,7 @@ class Plain:
         cfg, engine = self.engine.config, self.engine
         plan, d = schedule.plan(index), cfg.dit
         per, n, device = d.audio_per_latent, plan.overlap, engine.device
-        audio = self.sound(wave, max(per * (plan.start - 1) + 1, 0), per * (plan.start + plan.latents - 1))
+        audio = self.sound(wave, schedule.frames_of(plan, per))
         text = engine.embed_text()
         z = schedule.noise(plan, 0, (d.latent_channels, *cfg.latent_size)).to(device).transpose(0, 1)[None]
         motion = schedule.noise(plan, 1, (d.motion_dim,)).to(device)[None] if d.motion_dim else None
@@ -353,5 +360,7 @@ class Plain:
                 motion = torch.cat([motion[:, :n], motion[:, n:] + (t_next - t) * vm[:, n:]], 1)
         z, held = settle(z, n, ChunkState() if carried is None else carried, cfg.chunk, reference.scene.kept)
         keep = z.shape[2] - cfg.chunk.overlap
-        anchor = z[:, :, :1] if carried is None else carried.anchor
+        anchor = carried.anchor if carried is not None else z[:, :, :1]
+        if carried is None and cfg.chunk.lead_in:
+            anchor = still_of(engine.vae, anchor)
         return z[:, :, n:], ChunkState(anchor, z[:, :, keep:], None if motion is None else motion[:, keep:], held)

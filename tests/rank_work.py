@@ -31,7 +31,8 @@ from avatar_rt.runtime.transport import TorchTransport, join
 
 SMALL = DiTConfig(
     dim=48, ffn_dim=64, num_heads=4, num_layers=2, text_dim=12, text_len=4, latent_channels=4, mask_channels=2,
-    reference=True, anchor=True, audio_dim=10, reference_audio_dim=6, audio_adapter_dim=8, motion_dim=16,
+    reference=True, anchor=True, anchor_concat=True,
+    audio_dim=10, reference_audio_dim=6, audio_adapter_dim=8, motion_dim=16,
 )  # fmt: skip
 MESHES = {2: ((2, 1), (1, 2)), 4: ((2, 2), (1, 4))}
 

@@ -29,11 +29,12 @@ from avatar_rt.runtime.manifest import write_manifest
 CONFIG = AvatarConfig(
     name="small", height=32, width=32, reference_latents=3, output_scale=1,
     dit=DiTConfig(dim=32, ffn_dim=32, num_heads=2, num_layers=2, text_dim=8, text_len=4, mask_channels=2, freq_dim=16,
-                  reference=True, anchor=True, audio_dim=16, reference_audio_dim=16, motion_dim=4 * MOTION_CHANNELS),
+                  reference=True, anchor=True, anchor_concat=True, audio_dim=16,
+                  reference_audio_dim=16, motion_dim=4 * MOTION_CHANNELS),
     vae=VAEConfig(base_dim=4, dim_mult=(1, 1, 1), num_res_blocks=1, temporal_downsample=(True, True), patch=2,
                   time_kernel=(1, 1, 1)),
     speech=SpeechConfig(dim=16, hidden_dim=16, num_layers=2), motion=MotionConfig(size=32, base_dim=8),
-    text=TextConfig(dim=8, length=4, buckets=16), chunk=ChunkConfig(latents=8, overlap=2),
+    text=TextConfig(dim=8, length=4, buckets=16), chunk=ChunkConfig(latents=8, overlap=2, lead_in=True),
     sampling=SamplingConfig(steps=2, shift=3.0, audio_scale=1.5),
 )  # fmt: skip
 

@@ -27,7 +27,8 @@ from training.rewards.identity import IdentityNet
 CFG = AvatarConfig(
     name="small", height=32, width=32,
     dit=DiTConfig(dim=32, ffn_dim=48, num_heads=2, num_layers=2, text_dim=12, text_len=4, latent_channels=4,
-                  freq_dim=32, mask_channels=2, reference=True, anchor=True, audio_dim=8, reference_audio_dim=8,
+                  freq_dim=32, mask_channels=2, reference=True, anchor=True, anchor_concat=True,
+                  audio_dim=8, reference_audio_dim=8,
                   audio_adapter_dim=4, motion_dim=248, prediction="preconditioned"),
     vae=VAEConfig(base_dim=8, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True), patch=2,
                   latent_channels=4, time_kernel=(1, 1, 1)),

@@ -19,7 +19,8 @@ from avatar_rt.pipeline.schedule import Schedule, guidance_passes, make_schedule
 
 SMALL = DiTConfig(
     dim=64, ffn_dim=96, num_heads=2, num_layers=3, text_dim=12, text_len=4, latent_channels=4, mask_channels=2,
-    reference=True, anchor=True, audio_dim=10, reference_audio_dim=6, audio_adapter_dim=8, motion_dim=16,
+    reference=True, anchor=True, anchor_concat=True,
+    audio_dim=10, reference_audio_dim=6, audio_adapter_dim=8, motion_dim=16,
 )  # fmt: skip
 REASON = refuses_program(torch.device("cpu"), torch.bfloat16)
 needs_kernels = pytest.mark.skipif(REASON is not None, reason=REASON or "")

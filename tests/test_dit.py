@@ -14,7 +14,8 @@ from avatar_rt.models.layers import rope_table
 
 SMALL = DiTConfig(
     dim=48, ffn_dim=64, num_heads=2, num_layers=3, text_dim=12, text_len=4, latent_channels=4, mask_channels=2,
-    reference=True, anchor=True, audio_dim=10, reference_audio_dim=6, audio_adapter_dim=8, motion_dim=16,
+    reference=True, anchor=True, anchor_concat=True,
+    audio_dim=10, reference_audio_dim=6, audio_adapter_dim=8, motion_dim=16,
 )  # fmt: skip
 
 
@@ -139,7 +140,7 @@ def test_a_wrong_shape_says_what_was_expected() -> None:
         model(x["latents"], x["t"][:, :2], x["text"], x["audio"])
     with pytest.raises(InputError, match=r"audio: expected \[B, 12 or 9, 10\] for 3 latent frames, got \[2, 11, 10\]"):
         model(x["latents"], x["t"], x["text"], x["audio"][:, :11])
-    off = _model(dataclasses.replace(SMALL, reference=False, anchor=False))
+    off = _model(dataclasses.replace(SMALL, reference=False, anchor=False, anchor_concat=False))
     with pytest.raises(InputError, match="anchor: expected none"):
         off(x["latents"], x["t"], x["text"], x["audio"], anchor=x["anchor"])
     with pytest.raises(InputError, match="reference=True"):

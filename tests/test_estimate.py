@@ -21,7 +21,8 @@ from training.estimate import GPUS, Gpu, Layout, estimate, main, memory_of, sent
 
 SMALL = DiTConfig(
     dim=96, ffn_dim=160, num_heads=3, num_layers=3, text_dim=24, text_len=8, freq_dim=64, mask_channels=2,
-    reference=True, anchor=True, audio_dim=12, reference_audio_dim=10, audio_adapter_dim=16, motion_dim=20,
+    reference=True, anchor=True, anchor_concat=True,
+    audio_dim=12, reference_audio_dim=10, audio_adapter_dim=16, motion_dim=20,
 )  # fmt: skip
 
 

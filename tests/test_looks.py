@@ -10,7 +10,7 @@ from avatar_rt.config import DiTConfig
 from avatar_rt.errors import InputError
 from avatar_rt.models.dit import velocity_of
 from training.methods.identity import IdentityMethod
-from training.methods.vae import boxes_of, look_loss
+from training.methods.vae import SHRUNK, boxes_of, look_loss, shrink
 from training.rewards.identity import SIZE, IdentityNet, crop_faces, perceptual_distance
 
 
@@ -107,3 +107,15 @@ def test_identity_network_learns_people_it_has_not_seen(tmp_path) -> None:
         losses.append(float(values["loss"].detach()))
     assert np.mean(losses[-5:]) < 0.75 * np.mean(losses[:3])
     assert method.validate(0, tmp_path)["clips"] == 24
+
+
+def test_shrunk_videos_keep_their_frames_and_their_level() -> None:
+    """Latents and pixels are shrunk alike: 8 pixels stay one latent, and nothing aliases."""
+    video, latents = torch.rand(2, 3, 5, 64, 64), torch.rand(2, 4, 2, 8, 8)
+    video[:, 2] = (torch.arange(64) % 2).float()
+    for by in SHRUNK:
+        small, z = shrink(by, video, latents)
+        assert small.shape == (2, 3, 5, 64 * by, 64 * by) and z.shape == (2, 4, 2, 8 * by, 8 * by)
+        torch.testing.assert_close(small.mean((3, 4)), video.mean((3, 4)), atol=0.02, rtol=0)
+        assert float(small[:, 2, :, 4:-4, 4:-4].std()) < 0.3  # of 0.5
+    assert torch.equal(shrink(0.5, video)[0][0, :, 3], shrink(0.5, video[:, :, 3:4])[0][0, :, 0])

@@ -14,7 +14,9 @@ from avatar_rt.config import ChunkConfig
 from avatar_rt.errors import InputError
 from avatar_rt.media.writer import VideoWriter
 from avatar_rt.models.dit import VideoRefDiT
-from avatar_rt.pipeline.denoise import ChunkState, Conditions, Scene, denoise_chunk
+from avatar_rt.models.vae import VideoVAE
+from avatar_rt.pipeline.decode import decode_chunk, still_of, to_pictures
+from avatar_rt.pipeline.denoise import ChunkState, Conditions, LatentChunk, Scene, denoise_chunk
 from avatar_rt.pipeline.reference import ReferenceCache
 from avatar_rt.pipeline.schedule import level, make_schedule
 from bench.quality.seams import main, seam_frames, seams
@@ -91,3 +93,21 @@ def test_the_step_across_a_seam_is_eased() -> None:
     for k in range(plain.shape[2]):
         assert torch.allclose(eased[0][:, :, k], plain[:, :, k] + 0.5 ** (k + 1) * step, atol=1e-5)
     assert torch.equal(eased[1].latents, eased[0][:, :, -keep:])  # what is shown is what is carried on
+
+
+@torch.no_grad()
+def test_a_led_in_video_begins_with_a_latent_like_the_others() -> None:
+    """Its first latent holds four frames, of which the last is the video's first; its anchor is a still."""
+    vae, cfg = VideoVAE(CONFIG.vae).eval(), CONFIG
+    schedule = make_schedule(cfg.sampling, ChunkConfig(latents=3, overlap=1, lead_in=True), 0, has_text=False)
+    plain = make_schedule(cfg.sampling, ChunkConfig(latents=3, overlap=1), 0, has_text=False)
+    assert [schedule.frames_of(schedule.plan(i), 4) for i in (0, 1)] == [range(-3, 9), range(5, 17)]
+    assert [plain.frames_of(plain.plan(i), 4) for i in (0, 1)] == [range(9), range(5, 17)]
+    z = torch.randn(1, cfg.dit.latent_channels, 3, *cfg.latent_size)
+    _, before = vae.decode_step(z[:, :, :1], None)
+    video, after = vae.decode_step(z, before)
+    pictures, state = decode_chunk(vae, LatentChunk(z, None, 0, lead=3), None)
+    assert pictures.start == 0 and torch.equal(pictures.frames, to_pictures(video[0, :, 3:], 1))
+    assert all(torch.equal(a, b) for a, b in zip(state, after, strict=True))
+    still = vae.normalize(vae.encode(video[:, :, 3:4])[0])
+    assert torch.allclose(still_of(vae, z[:, :, :1]), still, atol=1e-5)

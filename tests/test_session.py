@@ -269,7 +269,7 @@ def test_leaving_the_iteration_stops_the_thread(engine: AvatarEngine, reference:
 def test_an_error_in_the_thread_reaches_the_iteration(engine, reference, speech, monkeypatch) -> None:
     session = open_(engine, reference)
     session.push_audio(speech)
-    monkeypatch.setattr("avatar_rt.session.denoise_chunk", lambda *_: 1 / 0)
+    monkeypatch.setattr("avatar_rt.session.denoise_chunk", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         next(session.frames())
 

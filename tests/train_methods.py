@@ -88,6 +88,7 @@ BUILDS: dict[str, Callable[..., Method]] = {
     "vae": _vae,
     "vae.looks": _looks,
     "vae.decoder": lambda folder: _looks(folder, decoder_only=True, latent_noise=0.1),
+    "vae.smooth": lambda folder: _looks(folder, equivariance=0.5, latent_noise=0.2),
     "speech": _speech,
     "motion": lambda folder: MotionMethod(MOTION, *_clips(folder), batch=2),
     "identity": lambda folder: IdentityMethod(*_clips(folder), people=3),

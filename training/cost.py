@@ -107,6 +107,8 @@ def step_flops(cfg: DiTConfig, load: Load) -> Flops:
     r, t_ref = load.reference(cfg), load.reference_frames
     patch_in, layers = cfg.in_channels * cfg.patch[1] * cfg.patch[2], cfg.num_layers
     s.linear(b * (t * load.patches + load.anchor_rows + t_ref * load.reference_patches), patch_in, c, grads=1)
+    if cfg.anchor_concat and load.anchor_rows:
+        s.linear(b * load.patches, patch_in, c, grads=1)
     for frames, anchor in ((t, int(load.anchor_rows > 0)), (t_ref, 0)):
         s.linear(b * (frames + anchor), cfg.freq_dim, c, grads=1)
         s.linear(b * (frames + anchor), c, c)

@@ -61,6 +61,8 @@ class VideoRefDiT(nn.Module):
         self.head = Head(dim, cfg.latent_channels * cfg.patch[1] * cfg.patch[2], cfg.eps)
         if cfg.anchor:
             self.anchor_embedding = nn.Parameter(torch.empty(dim))
+        if cfg.anchor_concat:
+            self.anchor_patch_embedding = nn.Conv3d(cfg.in_channels, dim, cfg.patch, cfg.patch, bias=False)
         if cfg.audio_dim:
             self.audio_embedding = _mlp(cfg.audio_dim, dim, nn.GELU(approximate="tanh"))
             self.audio_position = nn.Parameter(torch.empty(3 * cfg.audio_per_latent, dim))
@@ -79,7 +81,7 @@ class VideoRefDiT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Of what is its own: small embeddings, no speech as zeros, motion that is injected by nothing yet."""
+        """Of what is its own: small embeddings, no speech as zeros; motion and the anchor beside do nothing yet."""
         for name, p in self.named_parameters(recurse=False):
             if name.startswith("null_"):
                 nn.init.zeros_(p)
@@ -88,14 +90,27 @@ class VideoRefDiT(nn.Module):
         if self.cfg.motion_dim:
             nn.init.zeros_(self.motion_injection.weight)
             nn.init.zeros_(self.motion_injection.bias)
+        if self.cfg.anchor_concat:
+            nn.init.zeros_(self.anchor_patch_embedding.weight)
 
     # ---- parts -------------------------------------------------------------------------------------------------
 
-    def _tokens(self, latents: Tensor, motion: Tensor | None) -> tuple[Tensor, tuple[int, int, int]]:
-        """[B, Cin, T, H, W] (and [B, T, M]) -> rows [B, T * S, C] fp32 and the patch grid (T, h, w)."""
+    def _tokens(
+        self, latents: Tensor, motion: Tensor | None, anchor: Tensor | None = None, kept: Tensor | None = None
+    ) -> tuple[Tensor, tuple[int, int, int]]:
+        """[B, Cin, T, H, W] (and [B, T, M]) -> rows [B, T * S, C] fp32 and the patch grid (T, h, w).
+
+        With ``cfg.anchor_concat``, every frame's patches also hold those of the anchor [B, Cin, 1, H, W] at their
+        place, or only its ``kept`` ones, [n] int64.
+        """
         if latents.ndim != 5 or latents.shape[1] != self.cfg.in_channels:
             raise InputError(f"latents: expected [B, {self.cfg.in_channels}, T, H, W], got {list(latents.shape)}")
         patches = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype)).float()
+        if anchor is not None and self.cfg.anchor_concat:
+            beside = self.anchor_patch_embedding(anchor.to(self.patch_embedding.weight.dtype)).float().flatten(3)
+            if kept is not None:
+                beside = torch.zeros_like(beside).index_copy(3, kept, beside[..., kept])
+            patches = patches + beside.unflatten(3, patches.shape[3:])
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
         rows = patches.flatten(3).permute(0, 2, 3, 1)
         if self.cfg.motion_dim:
@@ -266,7 +281,7 @@ class VideoRefDiT(nn.Module):
         Raises: InputError on a shape above.
         """
         cfg = self.cfg
-        x, grid = self._tokens(latents, motion)
+        x, grid = self._tokens(latents, motion, anchor, anchor_rows)
         batch, frames, patches = x.shape[0], grid[0], grid[1] * grid[2]
         has_motion = bool(cfg.motion_dim)
         t = t[:, None].expand(batch, frames) if t.ndim == 1 else t

@@ -140,7 +140,7 @@ class GuidedChunk:
         self.references, self.strength = references, strength
         self.groups = sorted({p.motion for p in passes}, reverse=True)  # passes that share their modulation
         d = guided.dit
-        self.anchor = None
+        self.anchor, self.beside = None, anchor
         if anchor is not None:
             a = d.patch_embedding(anchor.to(d.patch_embedding.weight.dtype)).float().flatten(2).transpose(1, 2)[0]
             self.anchor = a + d.anchor_embedding.float()
@@ -295,7 +295,7 @@ class GuidedChunk:
 
     def _step(self, latents: Tensor, t: Tensor, motion: Tensor | None, threads: int) -> tuple[Tensor, Tensor | None]:
         g = self.guided
-        rows, grid = g.dit._tokens(latents, motion)
+        rows, grid = g.dit._tokens(latents, motion, self.beside)
         references = self.references()
         if self._seen is None or any(a is not b for a, b in zip(references, self._seen, strict=True)):
             self._record(grid, references)

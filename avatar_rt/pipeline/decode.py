@@ -33,8 +33,24 @@ def decode_chunk(
     ``state`` is None for the first chunk, then what the last call returned.
     """
     z = vae.denormalize(chunk.latents.to(next(vae.parameters()).dtype))
-    video, state = vae.decode_step(z, state)
+    if state is None and chunk.lead:
+        video, state = _led_in(vae, z)
+        video = video[:, :, chunk.lead :]
+    else:
+        video, state = vae.decode_step(z, state)
     return FrameChunk(to_pictures(video[0], scale), 0 if chunk.start == 0 else 4 * chunk.start - 3), state
+
+
+def still_of(vae: VideoVAE | StreamedVAE, latents: Tensor) -> Tensor:
+    """The last picture of a video's first latents [1, 16, t, h, w], as the latent of a still [1, 16, 1, h, w]."""
+    video, _ = _led_in(vae, vae.denormalize(latents.to(next(vae.parameters()).dtype)))
+    return vae.normalize(vae.encode(video[:, :, -1:].contiguous())[0]).to(latents.dtype)
+
+
+def _led_in(vae: VideoVAE | StreamedVAE, z: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Decodes the start of a video whose first latent holds four frames: as if the same latent stood before it."""
+    _, state = vae.decode_step(z[:, :, :1], None)
+    return vae.decode_step(z, state)
 
 
 def to_pictures(video: Tensor, scale: int) -> Tensor:

@@ -42,11 +42,13 @@ class ChunkState:
 
 @dataclass(frozen=True)
 class LatentChunk:
-    """New latents of a chunk: [1, 16, t, h, w] (normalised), their motion [1, t, M] or None, absolute start."""
+    """New latents of a chunk: [1, 16, t, h, w] (normalised), their motion [1, t, M] or None, absolute start; ``lead``
+    of their frames lie before the video."""
 
     latents: Tensor
     motion: Tensor | None
     start: int
+    lead: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Conditions:
     """What a chunk is generated from, besides the reference.
 
     Attributes:
-        audio: [1, 4T or 4T-3, A] speech features of the chunk's frames.
+        audio: [1, 4T or 4T-3, A] speech features of the chunk's frames (``Schedule.frames_of``).
         text, empty_text: [1, S, D] the prompt and the empty caption.
     """
 
@@ -140,10 +142,13 @@ def denoise_chunk(
     reference: Callable[[], ReferenceCache],
     given: Conditions,
     cancelled: Callable[[], bool] = lambda: False,
+    *,
+    still_of: Callable[[Tensor], Tensor] = lambda latent: latent,
 ) -> tuple[LatentChunk, ChunkState] | None:
     """Generates one chunk; None when ``cancelled`` (asked before each step) answers True.
 
-    ``reference`` gives the reference's K/V and is called once per pass that sees the reference.
+    ``reference`` gives the reference's K/V and is called once per pass that sees the reference. ``still_of`` makes an
+    anchor of a led-in video's first latent, see ``pipeline.decode``; any other's first latent is one.
     """
     h, w = cfg.latent_size
     n, device, d = plan.overlap, given.audio.device, cfg.dit
@@ -170,9 +175,13 @@ def denoise_chunk(
             motion = torch.cat([motion[:, :n], ops.flow_step(motion[:, n:], vm[:, n:], t, t_next)], dim=1)
     z, held = settle(z, n, state, cfg.chunk, scene.kept)
     keep = cfg.chunk.overlap
-    chunk = LatentChunk(z[:, :, n:], None if motion is None else motion[:, n:], plan.start + n)
+    lead = max(-schedule.frames_of(plan, cfg.vae.temporal_stride).start, 0)
+    chunk = LatentChunk(z[:, :, n:], None if motion is None else motion[:, n:], plan.start + n, lead)
+    first = state.anchor
+    if first is None:
+        first = still_of(z[:, :, :1]) if lead else z[:, :, :1]
     return chunk, ChunkState(
-        anchor=z[:, :, :1] if state.anchor is None else state.anchor,
+        anchor=first,
         latents=z[:, :, z.shape[2] - keep :],
         motion=None if motion is None else motion[:, motion.shape[1] - keep :],
         level=held,

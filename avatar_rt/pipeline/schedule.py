@@ -83,6 +83,11 @@ class Schedule:
         c = self.chunk
         return ChunkPlan(index, index * (c.latents - c.overlap), c.overlap if index else 0, c.latents)
 
+    def frames_of(self, plan: ChunkPlan, per: int) -> range:
+        """The frames that a chunk's latents hold, ``per`` each, carried ones too. A led-in video's begin before 0."""
+        first = per * (plan.start - 1) + 1
+        return range(first if self.chunk.lead_in else max(first, 0), first + per * plan.latents)
+
     def noise(self, plan: ChunkPlan, stream: int, shape: tuple[int, ...]) -> Tensor:
         """Normal noise [T, *shape] fp32; a latent's depends on (seed, stream, absolute index), never on the cut."""
         rows = []

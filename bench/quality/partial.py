@@ -7,6 +7,7 @@ one by one with what the model was trained with; what it lacks is left out, as i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,7 +23,7 @@ from avatar_rt.config import SAMPLE_RATE, SAMPLES_PER_FRAME, SamplingConfig
 from avatar_rt.engine import AvatarEngine
 from avatar_rt.media.audio import normalise_loudness
 from avatar_rt.models.motion import ungroup_motion
-from avatar_rt.pipeline.decode import decode_chunk
+from avatar_rt.pipeline.decode import decode_chunk, still_of
 from avatar_rt.pipeline.denoise import ChunkState, Conditions, Scene, denoise_chunk
 from avatar_rt.pipeline.reference import ReferenceCache, pack_cache, to_video
 from avatar_rt.pipeline.schedule import GuidancePass, Schedule, guidance_passes, make_schedule
@@ -86,15 +87,18 @@ def generate(
     text = engine.embed_text(prompt) if sees.caption else empty
     scene, dit = _anchor(engine, case, sees), _without(engine, sees)
     total = -(-len(case.speech) // SAMPLES_PER_FRAME)
-    speech = _features(engine, case.speech, total + per * cfg.chunk.latents)
+    before = -schedule.frames_of(schedule.plan(0), per).start
+    speech = _features(engine, case.speech, before, total + per * cfg.chunk.latents)
     state, decoder, index = ChunkState(), None, 0
     frames: list[np.ndarray] = []
     motion: list[Tensor] = []
     while sum(map(len, frames)) < total:
         plan = schedule.plan(index)
-        first, last = max(per * (plan.start - 1) + 1, 0), per * (plan.start + plan.latents - 1)
-        given = Conditions(scene, speech[:, first : last + 1], text, empty)
-        done = denoise_chunk(dit, cfg, schedule, plan, state, lambda: cache, given)  # type: ignore[arg-type, return-value]
+        heard = schedule.frames_of(plan, per)
+        given = Conditions(scene, speech[:, before + heard.start : before + heard.stop], text, empty)
+        done = denoise_chunk(  # type: ignore[arg-type, return-value]
+            dit, cfg, schedule, plan, state, lambda: cache, given, still_of=functools.partial(still_of, engine.vae)
+        )
         assert done is not None
         chunk, state = done
         pictures, decoder = decode_chunk(engine.vae, chunk, decoder, cfg.output_scale)
@@ -138,9 +142,10 @@ def _anchor(engine: AvatarEngine, case: Case, sees: Sees) -> Scene:
     return Scene(latents[:, :, 1:2], torch.ones(1, 1, 1, *cfg.latent_size))
 
 
-def _features(engine: AvatarEngine, speech: np.ndarray, num_frames: int) -> Tensor:
-    """Features [1, num_frames, A] of the speech and the silence after it."""
-    wave = np.zeros(num_frames * SAMPLES_PER_FRAME, np.float32)
-    sound = normalise_loudness(speech, SAMPLE_RATE)[: len(wave)]
-    wave[: len(sound)] = sound
+def _features(engine: AvatarEngine, speech: np.ndarray, before: int, num_frames: int) -> Tensor:
+    """Features [1, before + num_frames, A] of the speech, ``before`` frames of silence, and the silence after it."""
+    wave = np.zeros((before + num_frames) * SAMPLES_PER_FRAME, np.float32)
+    shown = wave[before * SAMPLES_PER_FRAME :]
+    sound = normalise_loudness(speech, SAMPLE_RATE)[: len(shown)]
+    shown[: len(sound)] = sound
     return engine.speech(torch.from_numpy(wave)[None])

@@ -48,14 +48,20 @@ def write_samples(method: Any, vae: VideoVAE, b: Batch, path: Path) -> None:
     made = sample(method, b, torch.Generator().manual_seed(2))
     vae, b = vae.to(method.device), b.to(method.device)
 
-    def shown(z: Tensor, count: int) -> Tensor:
-        video = vae.decode(vae.denormalize(z)).float().cpu()
+    def shown(z: Tensor, count: int, skip: int = 0) -> Tensor:
+        video = vae.decode(vae.denormalize(z)).float().cpu()[:, :, skip:]
         return video[:, :, torch.linspace(0, video.shape[2] - 1, count).round().long()]
 
-    parts = [shown(b.x, FRAMES), shown(made, FRAMES)]
+    def led_in(z: Tensor) -> Tensor:
+        return torch.cat([z[:, :, :1], z], dim=2)  # the decoder takes the first for a latent of one frame
+
+    if method.cfg.chunk.lead_in:
+        parts = [shown(led_in(z), FRAMES, 1) for z in (b.x, made)]
+    else:
+        parts = [shown(z, FRAMES) for z in (b.x, made)]
     if method.cfg.dit.reference:
-        first = b.ref_latents[:, : b.x.shape[1], :1].expand(-1, -1, 2, -1, -1)  # the decoder needs one to start with
-        parts.insert(0, shown(first, 2)[:, :, 1:].repeat_interleave(b.windows, 0))
+        first = led_in(b.ref_latents[:, : b.x.shape[1], :1])
+        parts.insert(0, shown(first, 1, 4).repeat_interleave(b.windows, 0))
     save_sheet([torch.cat([part[i] for part in parts], 1) for i in range(len(b.x))], path)
 
 

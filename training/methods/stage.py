@@ -29,7 +29,7 @@ from training.recipe import common
 from training.weights import put
 
 ADDITIONS = {
-    "anchor": ("anchor_embedding",),
+    "anchor": ("anchor_embedding", "anchor_patch_embedding"),
     "audio": ("audio_embedding", "audio_position", "null_audio", ".norm4.", ".audio_attn."),
     "reference": ("reference_", "null_reference_audio", "_adapter."),
     "motion": ("motion_embedding", "motion_injection", "motion_head"),
@@ -46,7 +46,7 @@ class FlowSettings:
         face_weight, mouth_weight: Added to the loss's weight map there, before it is normalised to mean 1.
         temporal_weight: Of the flow loss on differences between neighbouring latents.
         free_rate, next_rate: Share of the batches whose windows start anywhere with nothing carried over, and of those
-            that continue a clip; the others start one.
+            that continue a clip; the others start one, but where videos are led in.
         drop_text: Share of the windows that lose their caption; drop_all: of the batches, that lose every condition.
         time_mean, time_std: Of the normal whose sigmoid the times are.
         token_shift: Shift the times by the window's tokens; off, all windows take the shift of a whole chunk.
@@ -78,6 +78,7 @@ def stage_config(cfg: AvatarConfig, adds: tuple[str, ...]) -> AvatarConfig:
         dit=dataclasses.replace(
             d,
             anchor=d.anchor and "anchor" in adds,
+            anchor_concat=d.anchor_concat and "anchor" in adds,
             audio_dim=d.audio_dim if "audio" in adds else 0,
             reference=d.reference and "reference" in adds,
             reference_audio_dim=d.reference_audio_dim if "reference" in adds and "audio" in adds else 0,
@@ -155,7 +156,9 @@ class FlowMethod:
 
     def kind(self, g: torch.Generator) -> str:
         at, s = float(torch.rand((), generator=g)), self.settings
-        return "next" if at < s.next_rate else "free" if at < s.next_rate + s.free_rate else "first"
+        if at < s.next_rate:
+            return "next"
+        return "free" if at < s.next_rate + s.free_rate or self.cfg.chunk.lead_in else "first"
 
     def batch(self, step: int, g: torch.Generator) -> tuple[Batch, Bucket]:
         """A step's batch; its sizes and its kind follow from the step alone."""
@@ -244,21 +247,21 @@ class FlowMethod:
         """
         frames = max(b.frames for b in self.settings.buckets)
         pool, result = self.pool("val"), {}
-        bucket = Bucket(frames, people=min(16, 2 * len(pool)))
+        bucket, kind = Bucket(frames, people=min(16, 2 * len(pool))), "free" if self.cfg.chunk.lead_in else "first"
         measured = {name: (pool, fields) for name, fields in {"flow": (), **self.wrong()}.items()}
         measured["seen"] = (self.pool("train"), ())
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
             for t in (0.3, 0.6, 0.9):
                 for name, (clips, fields) in measured.items():
                     g = torch.Generator().manual_seed(1)  # the same windows and noise each time
-                    b = self.draw(clips, g, bucket, "first").rolled(*fields)
+                    b = self.draw(clips, g, bucket, kind).rolled(*fields)
                     values = self.loss(b, torch.full((len(b.x),), t), g, step=None)
                     result[f"{name}@{t}"] = float(values["plain"])
                     if name == "flow" and "motion" in values:
                         result[f"motion@{t}"] = float(values["motion"])
             if self.vae is not None:
                 g = torch.Generator().manual_seed(1)
-                b = self.draw(pool, g, dataclasses.replace(bucket, people=min(sheet.PEOPLE, bucket.people)), "first")
+                b = self.draw(pool, g, dataclasses.replace(bucket, people=min(sheet.PEOPLE, bucket.people)), kind)
                 sheet.write_samples(self, self.vae, b, out / f"video-{step:06d}.png")
         result |= {n: sum(result[f"{n}@{t}"] for t in (0.3, 0.6, 0.9)) / 3 for n in measured}
         return result

@@ -24,6 +24,7 @@ from training.rewards.identity import IdentityNet, crop_faces, perceptual_distan
 KL_WEIGHT = 1e-5  # of the mean over latent elements
 EDGE_WEIGHT = 0.5
 MSE_WEIGHT = 2.0
+SHRUNK = (0.5, 0.625, 0.75, 0.875)  # sizes at which shrunk latents must decode
 
 
 class VAEMethod:
@@ -42,20 +43,23 @@ class VAEMethod:
         look_weight: Weight of that perceptual distance.
         latent_noise: Largest deviation, in units of the latents' own, of noise added to half of the clips' latents:
             what a diffusion model predicts is never exact.
+        equivariance: Share of the steps in which the latents are made smaller and must decode to the smaller video
+            (EQ-VAE, arXiv 2502.09509): what is coarse in the picture is then coarse in the latents, which a diffusion
+            model learns several times sooner.
     """
 
     def __init__(
         self, cfg: VAEConfig, train: Any, val: Any, *, batch: int = 4,
         real_frames: Path | None = None, real_share: float = 0.12, dtype: torch.dtype = torch.bfloat16,
         fuse: bool = True, decoder_only: bool = False, latent_noise: float = 0.0,
-        looks: Path | None = None, look_weight: float = 1.0,
+        equivariance: float = 0.0, looks: Path | None = None, look_weight: float = 1.0,
     ) -> None:  # fmt: skip
         self.module = VideoVAE(cfg)
         start_near_linear(self.module)
         if decoder_only:
             for name, p in self.module.named_parameters():
                 p.requires_grad_(name.startswith(("decoder.", "post_quant_conv.")))
-        self.latent_noise = latent_noise
+        self.latent_noise, self.equivariance = latent_noise, equivariance
         if fuse:
             vae_blocks.channel_norm_silu = torch.compile(vae_blocks.channel_norm_silu, dynamic=True)
         self.cfg, self.train, self.val = cfg, train, val
@@ -82,9 +86,11 @@ class VAEMethod:
             mean, logvar = (m.float() for m in self.module.encode(video.to(self.dtype)))
             logvar = logvar.clamp(-20, 10)
             z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator).to(device)
+            if self.equivariance and torch.rand((), generator=generator) < self.equivariance:
+                z, video, weight = shrink(SHRUNK[draw(len(SHRUNK), generator)], z, video, weight)
             if self.latent_noise:
                 strength = (2 * torch.rand((clips, 1, 1, 1, 1), generator=generator) - 1).clamp_min(0).to(device)
-                spread = self.latent_noise * mean.detach().std((0, 2, 3, 4), keepdim=True)
+                spread = self.latent_noise * mean.std((0, 2, 3, 4), keepdim=True)
                 z = z + strength * spread * torch.randn(z.shape, generator=generator).to(device)
             out = self.module.decode_unclamped(z.to(self.dtype), None)[0].float()
         l1, mse, edges = reconstruction_losses(out, video, weight)
@@ -245,6 +251,18 @@ def reconstruction_losses(out: Tensor, video: Tensor, weight: Tensor) -> tuple[T
         across, down = flat[..., 1:] - flat[..., :-1], flat[..., 1:, :] - flat[..., :-1, :]
         edges = edges + (area[..., 1:] * across.abs()).mean() + (area[..., 1:, :] * down.abs()).mean()
     return l1, mse, edges / 3
+
+
+def shrink(by: float, *videos: Tensor) -> list[Tensor]:
+    """Each [B, C, F, H, W] at ``by`` of its height and width, without aliasing."""
+    small = []
+    for video in videos:
+        b, _, f, h, w = video.shape
+        pictures = video.transpose(1, 2).flatten(0, 1)
+        size = [round(h * by), round(w * by)]
+        pictures = F.interpolate(pictures, size, mode="bilinear", antialias=True)
+        small.append(pictures.unflatten(0, (b, f)).transpose(1, 2))
+    return small
 
 
 def look_loss(net: IdentityNet, out: Tensor, video: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:

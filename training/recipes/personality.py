@@ -76,7 +76,8 @@ def together() -> Recipe:
         Bucket(8, people=6, windows=1, first=0.05, last=0.4),
     )
     settings = PersonalitySettings(
-        buckets=buckets, token_shift=False, drop_all=0.0, drop_motion=0.0, shuffle_motion=0.0
+        buckets=buckets, token_shift=False, time_mean=0.4, mouth_weight=5.0, reference_lengths=(1, 2, 4),
+        drop_all=0.0, drop_motion=0.0, shuffle_motion=0.0
     )  # fmt: skip
     return _make("personality.together", 2600, settings)
 

@@ -37,6 +37,16 @@ def looks() -> Recipe:
     return replace(vae(), name="vae.looks", build=build, steps=2500, lr=1e-3, conv_muon_lr=2e-3, warmup=30)
 
 
+def smooth() -> Recipe:
+    """The VAE once more, to latents that a transformer learns sooner: shrunk ones decode too, and noisy ones."""
+
+    def build(corpus: Path) -> VAEMethod:
+        looks = corpus / "weights" / "identity.safetensors"
+        return _build(corpus, looks=looks, look_weight=0.3, equivariance=0.5, latent_noise=0.2)
+
+    return replace(vae(), name="vae.smooth", build=build, steps=1500, lr=1e-3, conv_muon_lr=2e-3, warmup=30)
+
+
 def decoder() -> Recipe:
     """Only the decoder, from a trained VAE: the latents stay what the transformer knows, and need not be exact."""
 
