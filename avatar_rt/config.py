@@ -351,7 +351,7 @@ PRESETS: dict[str, AvatarConfig] = {
                       temporal_downsample=(True, True), patch=2, time_kernel=(1, 1, 1)),
         text=TextConfig(dim=64, length=16, buckets=512),
         chunk=ChunkConfig(latents=8, overlap=2, ease=0.55, lead_in=True),
-        sampling=SamplingConfig(steps=20, shift=3.0, reference_scale=3.0, audio_scale=2.5),
+        sampling=SamplingConfig(steps=20, shift=3.0, reference_scale=3.0, carried_scale=2.0, audio_scale=2.5),
     ),
     "wan_1_3b": AvatarConfig(
         name="wan_1_3b", height=480, width=832, vae=_WAN_VAE,

@@ -33,6 +33,7 @@ from training.recipe import Method, Recipe, common
 from training.train import train
 
 PLAIN = ("vae.decoder", "speech", "motion", "identity", "sync", "t2v", "a2v", "personality")
+SILENT = (".audio_attn.o.weight", "motion_injection.weight", "anchor_patch_embedding.weight", "null_audio")
 SHARDED = {"micro_batches": 2, "sharded": True, "sharded_dtype": "float32"}
 SHARING = {"ulysses": {"ulysses": 2}, "ring": {"ring": 2}, "ulysses, sharded": {"ulysses": 2, **SHARDED}}
 
@@ -200,7 +201,7 @@ def test_two_ranks_train_what_one_does(two: Path, key: str) -> None:
 
 @pytest.mark.parametrize(
     ("key", "limit"),
-    [("sharded personality", 1e-6), ("from meta", 1e-6), ("sharded", 1e-6), ("sharded blocks", 1e-6),
+    [("sharded personality", 1e-6), ("from meta", 1e-5), ("sharded", 1e-6), ("sharded blocks", 1e-6),
      ("sharded muon", 2e-3), ("sharded bf16", 2e-3)],
 )  # fmt: skip
 def test_sharded_ranks_train_what_one_whole_does(two: Path, key: str, limit: float) -> None:
@@ -252,7 +253,7 @@ def test_weights_from_meta_are_filled_as_their_constructors_would_and_taken_up_i
     for name, p in start.items():
         if name.startswith("module."):
             assert torch.isfinite(p).all()
-            if name.endswith((".audio_attn.o.weight", "motion_injection.weight", "null_audio")):
+            if name.endswith(SILENT):
                 assert not p.any()
             elif p.ndim > 1:
                 assert 0.005 < float(p.std()) < 0.5 and abs(float(p.mean())) < 0.1
