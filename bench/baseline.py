@@ -111,7 +111,7 @@ class PlainDiT(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """As ``VideoRefDiT.forward``; ``ref`` is recomputed here, ``kv`` (its keys and values per block) is read."""
         d, cfg = self.dit, self.cfg
-        x, grid = d._tokens(latents, motion, anchor)
+        x, grid = d._tokens(latents, motion, d._beside(anchor))
         frames, rows = grid[0], x.shape[1]
         patches = grid[1] * grid[2]
         a = d.patch_embedding(anchor.to(d.patch_embedding.weight.dtype)).float().flatten(2).transpose(1, 2)

@@ -95,22 +95,27 @@ class VideoRefDiT(nn.Module):
 
     # ---- parts -------------------------------------------------------------------------------------------------
 
-    def _tokens(
-        self, latents: Tensor, motion: Tensor | None, anchor: Tensor | None = None, kept: Tensor | None = None
-    ) -> tuple[Tensor, tuple[int, int, int]]:
-        """[B, Cin, T, H, W] (and [B, T, M]) -> rows [B, T * S, C] fp32 and the patch grid (T, h, w).
+    def _beside(self, anchor: Tensor | None, kept: Tensor | None = None) -> Tensor | None:
+        """What the anchor [B, Cin, 1, H, W], or only its ``kept`` patches, [n] int64, adds to every frame's patches at
+        their place: [B, C, 1, h, w] fp32. None without ``cfg.anchor_concat``."""
+        if anchor is None or not self.cfg.anchor_concat:
+            return None
+        patches = self.anchor_patch_embedding(anchor.to(self.anchor_patch_embedding.weight.dtype)).float()
+        if kept is None:
+            return patches
+        rows = patches.flatten(3)
+        return torch.zeros_like(rows).index_copy(3, kept, rows[..., kept]).unflatten(3, patches.shape[3:])
 
-        With ``cfg.anchor_concat``, every frame's patches also hold those of the anchor [B, Cin, 1, H, W] at their
-        place, or only its ``kept`` ones, [n] int64.
-        """
+    def _tokens(
+        self, latents: Tensor, motion: Tensor | None, beside: Tensor | None = None
+    ) -> tuple[Tensor, tuple[int, int, int]]:
+        """[B, Cin, T, H, W] (and [B, T, M]) -> rows [B, T * S, C] fp32 and the patch grid (T, h, w); ``beside``, see
+        there, is added to the patches of every frame."""
         if latents.ndim != 5 or latents.shape[1] != self.cfg.in_channels:
             raise InputError(f"latents: expected [B, {self.cfg.in_channels}, T, H, W], got {list(latents.shape)}")
         patches = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype)).float()
-        if anchor is not None and self.cfg.anchor_concat:
-            beside = self.anchor_patch_embedding(anchor.to(self.patch_embedding.weight.dtype)).float().flatten(3)
-            if kept is not None:
-                beside = torch.zeros_like(beside).index_copy(3, kept, beside[..., kept])
-            patches = patches + beside.unflatten(3, patches.shape[3:])
+        if beside is not None:
+            patches = patches + beside
         grid = (patches.shape[2], patches.shape[3], patches.shape[4])
         rows = patches.flatten(3).permute(0, 2, 3, 1)
         if self.cfg.motion_dim:
@@ -281,7 +286,7 @@ class VideoRefDiT(nn.Module):
         Raises: InputError on a shape above.
         """
         cfg = self.cfg
-        x, grid = self._tokens(latents, motion, anchor, anchor_rows)
+        x, grid = self._tokens(latents, motion, self._beside(anchor, anchor_rows))
         batch, frames, patches = x.shape[0], grid[0], grid[1] * grid[2]
         has_motion = bool(cfg.motion_dim)
         t = t[:, None].expand(batch, frames) if t.ndim == 1 else t

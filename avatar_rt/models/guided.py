@@ -140,7 +140,7 @@ class GuidedChunk:
         self.references, self.strength = references, strength
         self.groups = sorted({p.motion for p in passes}, reverse=True)  # passes that share their modulation
         d = guided.dit
-        self.anchor, self.beside = None, anchor
+        self.anchor, self.beside = None, d._beside(anchor)
         if anchor is not None:
             a = d.patch_embedding(anchor.to(d.patch_embedding.weight.dtype)).float().flatten(2).transpose(1, 2)[0]
             self.anchor = a + d.anchor_embedding.float()

@@ -33,7 +33,7 @@ def decode_chunk(
     ``state`` is None for the first chunk, then what the last call returned.
     """
     z = vae.denormalize(chunk.latents.to(next(vae.parameters()).dtype))
-    if state is None and chunk.lead:
+    if chunk.lead:
         video, state = _led_in(vae, z)
         video = video[:, :, chunk.lead :]
     else:

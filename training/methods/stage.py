@@ -158,7 +158,12 @@ class FlowMethod:
         at, s = float(torch.rand((), generator=g)), self.settings
         if at < s.next_rate:
             return "next"
-        return "free" if at < s.next_rate + s.free_rate or self.cfg.chunk.lead_in else "first"
+        return "free" if at < s.next_rate + s.free_rate else self.start
+
+    @property
+    def start(self) -> str:
+        """The kind of a window that starts a video: a led-in one's is like any other."""
+        return "free" if self.cfg.chunk.lead_in else "first"
 
     def batch(self, step: int, g: torch.Generator) -> tuple[Batch, Bucket]:
         """A step's batch; its sizes and its kind follow from the step alone."""
@@ -247,21 +252,22 @@ class FlowMethod:
         """
         frames = max(b.frames for b in self.settings.buckets)
         pool, result = self.pool("val"), {}
-        bucket, kind = Bucket(frames, people=min(16, 2 * len(pool))), "free" if self.cfg.chunk.lead_in else "first"
+        bucket = Bucket(frames, people=min(16, 2 * len(pool)))
         measured = {name: (pool, fields) for name, fields in {"flow": (), **self.wrong()}.items()}
         measured["seen"] = (self.pool("train"), ())
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
             for t in (0.3, 0.6, 0.9):
                 for name, (clips, fields) in measured.items():
                     g = torch.Generator().manual_seed(1)  # the same windows and noise each time
-                    b = self.draw(clips, g, bucket, kind).rolled(*fields)
+                    b = self.draw(clips, g, bucket, self.start).rolled(*fields)
                     values = self.loss(b, torch.full((len(b.x),), t), g, step=None)
                     result[f"{name}@{t}"] = float(values["plain"])
                     if name == "flow" and "motion" in values:
                         result[f"motion@{t}"] = float(values["motion"])
             if self.vae is not None:
                 g = torch.Generator().manual_seed(1)
-                b = self.draw(pool, g, dataclasses.replace(bucket, people=min(sheet.PEOPLE, bucket.people)), kind)
+                few = dataclasses.replace(bucket, people=min(sheet.PEOPLE, bucket.people))
+                b = self.draw(pool, g, few, self.start)
                 sheet.write_samples(self, self.vae, b, out / f"video-{step:06d}.png")
         result |= {n: sum(result[f"{n}@{t}"] for t in (0.3, 0.6, 0.9)) / 3 for n in measured}
         return result
