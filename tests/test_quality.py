@@ -9,16 +9,15 @@ import pytest
 import torch
 
 from avatar_rt import AvatarEngine
-from avatar_rt.config import FPS, SAMPLES_PER_FRAME
+from avatar_rt.config import SAMPLES_PER_FRAME
 from avatar_rt.models.motion import motion_index
 from avatar_rt.pipeline.reference import to_video
 from bench.quality.cases import BAR_CASES, procedural, read_case
 from bench.quality.clip import Case, Clip
 from bench.quality.degraded import through_vae
 from bench.quality.embedders import DlibEmbedder, available
-from bench.quality.faces import find_faces
 from bench.quality.generate import generate, own_pixels
-from bench.quality.identity import embed, mean_embedding
+from bench.quality.identity import who
 
 FRAMES = 77  # of each case: 3 s
 LOOKED_AT = 8  # of them, for the face
@@ -79,15 +78,12 @@ def scores() -> Scores:
     cases = [cut(read_case(p, seconds=4)) for p in procedural()[:BAR_CASES]]
     videos = [own_pixels(engine, generate(engine, case, seed=i).frames) for i, case in enumerate(cases)]
 
-    def face(frames: np.ndarray) -> np.ndarray:
-        some = frames[np.linspace(0, len(frames) - 1, LOOKED_AT).round().astype(int)]
-        faces = find_faces(some, fps=LOOKED_AT / len(frames) * FPS)
-        return mean_embedding(embed(some, faces, embedder, LOOKED_AT))
-
-    references = np.stack([face(c.reference.frames) for c in cases])
+    references = np.stack([who(c.reference.frames, embedder, LOOKED_AT) for c in cases])
 
     def top1(clips: list[np.ndarray]) -> float:
-        return float(np.mean([int(np.argmax(references @ face(v))) == i for i, v in enumerate(clips)]))
+        return float(
+            np.mean([int(np.argmax(references @ who(v, embedder, LOOKED_AT))) == i for i, v in enumerate(clips)])
+        )
 
     targets = [c.target.frames for c in cases if c.target is not None]
     opening = [mouth_opening(engine, v) for v in videos]

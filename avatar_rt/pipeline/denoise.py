@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from avatar_rt import ops
-from avatar_rt.config import AvatarConfig, ChunkConfig
+from avatar_rt.config import AvatarConfig, ChunkConfig, DiTConfig
 from avatar_rt.models.dit import VideoRefDiT, with_masks
 from avatar_rt.models.guided import GuidedDiT, Pass
 from avatar_rt.pipeline.reference import ReferenceCache
@@ -118,6 +118,32 @@ def _guidance(
     return in_turn
 
 
+def solve(
+    velocity: Velocity,
+    cfg: DiTConfig,
+    z: Tensor,
+    motion: Tensor | None,
+    times: Sequence[float],
+    n: int = 0,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> tuple[Tensor, Tensor | None] | None:
+    """Latents [1, C, T, h, w] and motion [1, T, M] from the first of ``times`` to the last by Euler steps, but for the
+    ``n`` carried ones, which are clean. None when ``cancelled`` (asked before each step) answers True."""
+    carried = torch.zeros(1, 1, z.shape[2], 1, 1, device=z.device)
+    carried[:, :, :n] = 1
+    for t, t_next in pairwise(times):
+        if cancelled():
+            return None
+        t_frames = torch.full((1, z.shape[2]), t, device=z.device)
+        t_frames[:, :n] = 0
+        with stage("denoise.step"):
+            v, vm = velocity(with_masks(z, cfg, 0, carried), t_frames, motion)
+        z = torch.cat([z[:, :, :n], ops.flow_step(z[:, :, n:], v[:, :, n:], t, t_next)], dim=2)
+        if motion is not None and vm is not None:
+            motion = torch.cat([motion[:, :n], ops.flow_step(motion[:, n:], vm[:, n:], t, t_next)], dim=1)
+    return z, motion
+
+
 def settle(z: Tensor, n: int, state: ChunkState, chunk: ChunkConfig, kept: Tensor) -> tuple[Tensor, Tensor]:
     """A chunk's latents [1, C, T, h, w] as they are shown and carried on: held at the first chunk's level, and eased in
     after the ``n`` carried ones. Also the level [1, C, 1, h, w] that the next chunk is held at."""
@@ -158,21 +184,13 @@ def denoise_chunk(
         z = torch.cat([state.latents, z[:, :, n:]], dim=2)
         if motion is not None and state.motion is not None:
             motion = torch.cat([state.motion, motion[:, n:]], dim=1)
-    carried = torch.zeros(1, 1, plan.latents, 1, 1, device=device)
-    carried[:, :, :n] = 1
     scene = given.scene
     anchor = with_masks(scene.latent, d, scene.kept, 0) if state.anchor is None else with_masks(state.anchor, d, 1, 0)
     velocity = _guidance(dit, schedule, schedule.passes_of(plan), anchor, plan.latents, reference, given)
-    for t, t_next in pairwise(schedule.times):
-        if cancelled():
-            return None
-        t_frames = torch.full((1, plan.latents), t, device=device)
-        t_frames[:, :n] = 0
-        with stage("denoise.step"):
-            v, vm = velocity(with_masks(z, d, 0, carried), t_frames, motion)
-        z = torch.cat([z[:, :, :n], ops.flow_step(z[:, :, n:], v[:, :, n:], t, t_next)], dim=2)
-        if motion is not None and vm is not None:
-            motion = torch.cat([motion[:, :n], ops.flow_step(motion[:, n:], vm[:, n:], t, t_next)], dim=1)
+    solved = solve(velocity, d, z, motion, schedule.times, n, cancelled)
+    if solved is None:
+        return None
+    z, motion = solved
     z, held = settle(z, n, state, cfg.chunk, scene.kept)
     keep = cfg.chunk.overlap
     lead = max(-schedule.frames_of(plan, cfg.vae.temporal_stride).start, 0)

@@ -81,12 +81,16 @@ def degrade(name: str, case: Case, another: Case | None = None) -> Clip:
     return COPIES[name](case.target)
 
 
+def fitted(engine: AvatarEngine, frames: np.ndarray) -> np.ndarray:
+    """Frames at the model's own size, uint8 [F, h, w, 3]."""
+    size = engine.config.width, engine.config.height
+    return np.stack([cv2.resize(f, size, interpolation=cv2.INTER_AREA) for f in frames])
+
+
 @torch.inference_mode()
 def through_vae(engine: AvatarEngine, frames: np.ndarray) -> tuple[np.ndarray, float]:
     """Frames at the model's own size, encoded and decoded, uint8 [1 + 4k, h, w, 3], and their PSNR in dB."""
-    size = engine.config.width, engine.config.height
-    fitted = np.stack([cv2.resize(f, size, interpolation=cv2.INTER_AREA) for f in frames])
-    video = to_video(fitted[: 1 + 4 * ((len(fitted) - 1) // 4)])
+    video = to_video(fitted(engine, frames)[: 1 + 4 * ((len(frames) - 1) // 4)])
     out = engine.vae.decode(engine.vae.encode(video)[0]).clamp(-1, 1)
     psnr = float(10 * torch.log10(4 / (out - video).square().mean()))
     return ((out[0] + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy(), psnr

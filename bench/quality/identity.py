@@ -57,6 +57,12 @@ def mean_embedding(embeddings: np.ndarray) -> np.ndarray:
     return np.asarray(mean / np.linalg.norm(mean))
 
 
+def who(frames: np.ndarray, embedder: Embedder, count: int = 8) -> np.ndarray:
+    """The mean embedding of the face in ``count`` of the frames."""
+    some = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
+    return mean_embedding(embed(some, find_faces(some, fps=count / len(frames) * FPS), embedder, count))
+
+
 def similarity(embeddings: np.ndarray, reference: np.ndarray) -> float:
     """10 % trimmed mean of the frames' cosines to the mean reference embedding."""
     return float(trim_mean(embeddings @ reference, TRIM))

@@ -12,33 +12,29 @@ import argparse
 import json
 import sys
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-from avatar_rt import ops
-from avatar_rt.config import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME, frames_of_latents
+from avatar_rt.config import SAMPLE_RATE, SAMPLES_PER_FRAME, frames_of_latents
 from avatar_rt.engine import AvatarEngine
 from avatar_rt.errors import AvatarError, InputError
 from avatar_rt.media.audio import normalise_loudness
 from avatar_rt.models.dit import with_masks
 from avatar_rt.pipeline.decode import to_pictures
-from avatar_rt.pipeline.denoise import Conditions, _guidance
+from avatar_rt.pipeline.denoise import Conditions, _guidance, solve
 from avatar_rt.pipeline.reference import read_motion, to_video
 from avatar_rt.pipeline.schedule import make_schedule
 from bench.quality.cases import BAR_CASES, CASES, procedural, read_case
 from bench.quality.clip import Case
+from bench.quality.degraded import fitted
 from bench.quality.embedders import Embedder, open_embedder
-from bench.quality.faces import find_faces
-from bench.quality.identity import embed, mean_embedding
+from bench.quality.identity import who
 
 TIMES = (0.0, 0.3, 0.5, 0.7, 0.85, 1.0)
-LOOKED_AT = 8  # frames of a video
 
 
 @dataclass(frozen=True)
@@ -78,12 +74,9 @@ def sampled_from(engine: AvatarEngine, case: Case, times: list[float], seed: int
         z, motion = torch.lerp(start.latents, start.noise, begin), start.motion
         if motion is not None and start.motion_noise is not None:
             motion = torch.lerp(motion, start.motion_noise, begin)
-        for t, after in pairwise([begin, *(t for t in schedule.times if t < begin)]):
-            rows = with_masks(z, cfg.dit, 0, torch.zeros(1, 1, count, 1, 1))
-            v, vm = velocity(rows, torch.full((1, count), t), motion)
-            z = ops.flow_step(z, v, t, after)
-            if motion is not None and vm is not None:
-                motion = ops.flow_step(motion, vm, t, after)
+        solved = solve(velocity, cfg.dit, z, motion, [begin, *(t for t in schedule.times if t < begin)])
+        assert solved is not None  # nobody cancels it
+        z, _ = solved
         video = engine.vae.decode(engine.vae.denormalize(torch.cat([start.first, z], 2)))
         videos.append(to_pictures(video[0][:, 1:], 1).numpy())
     return videos
@@ -91,8 +84,7 @@ def sampled_from(engine: AvatarEngine, case: Case, times: list[float], seed: int
 
 def _start(engine: AvatarEngine, frames: np.ndarray, schedule: Any) -> Start:
     cfg = engine.config
-    size = cfg.width, cfg.height
-    video = to_video(np.stack([cv2.resize(f, size, interpolation=cv2.INTER_AREA) for f in frames]))
+    video = to_video(fitted(engine, frames))
     latents = engine.vae.normalize(engine.vae.encode(video)[0].float())
     plan = schedule.plan(0)
     noise = schedule.noise(plan, 0, (cfg.dit.latent_channels, *cfg.latent_size)).transpose(0, 1)[None]
@@ -109,12 +101,6 @@ def _sound(speech: np.ndarray, first: int, stop: int, context: tuple[int, int]) 
     inside = wave[max(low, 0) : high]
     before = max(-low, 0)
     return np.pad(inside, (before, high - low - before - len(inside)))
-
-
-def who(frames: np.ndarray, embedder: Embedder) -> np.ndarray:
-    """The mean embedding of the face in some of the frames."""
-    some = frames[np.linspace(0, len(frames) - 1, LOOKED_AT).round().astype(int)]
-    return mean_embedding(embed(some, find_faces(some, fps=LOOKED_AT / len(frames) * FPS), embedder, LOOKED_AT))
 
 
 def measure(engine: AvatarEngine, cases: list[Case], times: list[float], embedder: Embedder) -> list[dict[str, float]]:
