@@ -91,6 +91,13 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--reference-scale", type=float, help="guidance towards the reference; 1 is off")
     generate.add_argument("--audio-scale", type=float, help="guidance towards the speech; 1 is off")
     generate.add_argument("--reference-strength", type=float, help="weight of the reference in attention; 1 as trained")
+    generate.add_argument(
+        "--likeness",
+        type=float,
+        nargs="*",
+        metavar="T",
+        help="flow times at which the estimate takes the reference's face; none is off",
+    )
     generate.add_argument("--sheet", type=Path, help="also write a contact sheet, .png")
     generate.add_argument("--resume", action="store_true", help="go on with an unfinished run of the same request")
     generate.add_argument("--fragmented", action="store_true", help="leave the file fragmented, as it grew")
@@ -161,7 +168,7 @@ def _generate_on(
     if not run.leads_with(engine, shard_weights=args.shard_weights):
         return  # this process followed until the video was written
     options = {"seed": args.seed, "steps": args.steps}
-    for name in ("scene", "prompt", "seconds", "reference_scale", "audio_scale", "reference_strength"):
+    for name in ("scene", "prompt", "seconds", "reference_scale", "audio_scale", "reference_strength", "likeness"):
         if getattr(args, name, None) is not None:
             options[name] = getattr(args, name)
     options |= {name: getattr(args, name, False) for name in ("resume", "fragmented")}

@@ -215,6 +215,7 @@ class SamplingConfig:
 
     ``carried_scale`` is the most that ``reference_scale`` may be in a chunk that continues another: its carried latents
     show the person already, and guidance towards the reference drives their colours further away chunk by chunk.
+    ``likeness`` are the flow times at which the estimate takes the reference's face (``pipeline.likeness``).
     """
 
     steps: int = 24
@@ -225,6 +226,12 @@ class SamplingConfig:
     text_scale: float = 1.0
     motion_scale: float = 0.0
     reference_strength: float = 1.0
+    likeness: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check(
+            all(0 < t < 1 for t in self.likeness), f"likeness: expected flow times between 0 and 1, got {self.likeness}"
+        )
 
 
 @dataclass(frozen=True)
@@ -351,7 +358,8 @@ PRESETS: dict[str, AvatarConfig] = {
                       temporal_downsample=(True, True), patch=2, time_kernel=(1, 1, 1)),
         text=TextConfig(dim=64, length=16, buckets=512),
         chunk=ChunkConfig(latents=8, overlap=2, ease=0.55, lead_in=True),
-        sampling=SamplingConfig(steps=20, shift=3.0, reference_scale=3.0, carried_scale=2.0, audio_scale=2.5),
+        sampling=SamplingConfig(steps=20, shift=3.0, reference_scale=3.0, carried_scale=2.0, audio_scale=2.5,
+                                likeness=(0.91, 0.86, 0.81, 0.76, 0.7, 0.65, 0.6)),
     ),
     "wan_1_3b": AvatarConfig(
         name="wan_1_3b", height=480, width=832, vae=_WAN_VAE,

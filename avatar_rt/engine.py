@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -234,6 +234,7 @@ class AvatarEngine:
         audio_scale: float | None = None,
         motion_scale: float | None = None,
         reference_strength: float | None = None,
+        likeness: Sequence[float] | None = None,
         use_cache: bool = True,
         queue_seconds: float | None = None,
         overlap: bool = True,
@@ -247,6 +248,7 @@ class AvatarEngine:
         given: dict[str, Any] = {
             "steps": steps, "reference_scale": reference_scale, "audio_scale": audio_scale,
             "motion_scale": motion_scale, "reference_strength": reference_strength,
+            "likeness": None if likeness is None else tuple(likeness),
         }  # fmt: skip
         sampling = dataclasses.replace(self.config.sampling, **{k: v for k, v in given.items() if v is not None})
         place = reference.scene

@@ -28,6 +28,7 @@ from avatar_rt.models.vae import VideoVAE
 from avatar_rt.models.vae_blocks import FrameAttention, ResidualBlock, Upsample, unfold_patch
 from avatar_rt.pipeline.decode import still_of
 from avatar_rt.pipeline.denoise import ChunkState, settle
+from avatar_rt.pipeline.likeness import likeness_of
 from avatar_rt.pipeline.reference import ReferenceContext
 from avatar_rt.pipeline.schedule import Schedule
 from avatar_rt.session import Reference
@@ -343,6 +344,7 @@ class Plain:
         mask = torch.zeros(1, 1, plan.latents, 1, 1, device=device)
         mask[:, :, :n] = 1
         kv = (reference.cache.k, reference.cache.v)
+        likeness = likeness_of(reference.context, cfg, cfg.sampling.likeness)
         for t, t_next in pairwise(schedule.times):
             frames_t = torch.full((1, plan.latents), t, device=device)
             frames_t[:, :n] = 0
@@ -355,7 +357,10 @@ class Plain:
                 dv, dm = self.velocity(with_masks(z, d, 0, mask), frames_t, text, sound, anchor, motion, **seen)
                 v = v + p.weight * dv
                 vm = None if vm is None else vm + p.weight * dm
-            z = torch.cat([z[:, :, :n], z[:, :, n:] + (t_next - t) * v[:, :, n:]], 2)
+            after = z + (t_next - t) * v
+            if likeness is not None and likeness.applies(t, t_next):
+                after = likeness.step(z, v, t, t_next, None if motion is None or vm is None else motion - t * vm)
+            z = torch.cat([z[:, :, :n], after[:, :, n:]], 2)
             if motion is not None and vm is not None:
                 motion = torch.cat([motion[:, :n], motion[:, n:] + (t_next - t) * vm[:, n:]], 1)
         z, held = settle(z, n, ChunkState() if carried is None else carried, cfg.chunk, reference.scene.kept)

@@ -31,6 +31,7 @@ PROGRAMS = ("training", "export", "bench")
 STAGES = (
     "reference",
     "schedule",
+    "likeness",
     "denoise",
     "refine",
     "decode",

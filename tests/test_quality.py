@@ -118,7 +118,6 @@ def test_embedding_tells_the_true_videos_apart(scores: Scores) -> None:
     assert scores.retrieval_top1_truth >= 0.9
 
 
-@pytest.mark.xfail(reason="the shipped weights are not there yet: README, 'How good is it', has the figure")
 def test_face_retrieves_its_own_reference(scores: Scores) -> None:
     assert scores.retrieval_top1 >= 0.6
 

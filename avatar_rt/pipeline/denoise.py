@@ -14,6 +14,7 @@ from avatar_rt import ops
 from avatar_rt.config import AvatarConfig, ChunkConfig, DiTConfig
 from avatar_rt.models.dit import VideoRefDiT, with_masks
 from avatar_rt.models.guided import GuidedDiT, Pass
+from avatar_rt.pipeline.likeness import Likeness
 from avatar_rt.pipeline.reference import ReferenceCache
 from avatar_rt.pipeline.schedule import ChunkPlan, GuidancePass, Schedule, level
 from avatar_rt.runtime.trace import stage
@@ -58,12 +59,14 @@ class Conditions:
     Attributes:
         audio: [1, 4T or 4T-3, A] speech features of the chunk's frames (``Schedule.frames_of``).
         text, empty_text: [1, S, D] the prompt and the empty caption.
+        likeness: The reference's face for the estimate, or None.
     """
 
     scene: Scene
     audio: Tensor
     text: Tensor
     empty_text: Tensor
+    likeness: Likeness | None = None
 
 
 Velocity = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
@@ -126,6 +129,7 @@ def solve(
     times: Sequence[float],
     n: int = 0,
     cancelled: Callable[[], bool] = lambda: False,
+    likeness: Likeness | None = None,
 ) -> tuple[Tensor, Tensor | None] | None:
     """Latents [1, C, T, h, w] and motion [1, T, M] from the first of ``times`` to the last by Euler steps, but for the
     ``n`` carried ones, which are clean. None when ``cancelled`` (asked before each step) answers True."""
@@ -138,7 +142,11 @@ def solve(
         t_frames[:, :n] = 0
         with stage("denoise.step"):
             v, vm = velocity(with_masks(z, cfg, 0, carried), t_frames, motion)
-        z = torch.cat([z[:, :, :n], ops.flow_step(z[:, :, n:], v[:, :, n:], t, t_next)], dim=2)
+        if likeness is not None and likeness.applies(t, t_next):
+            after = likeness.step(z, v, t, t_next, None if motion is None or vm is None else motion - t * vm)[:, :, n:]
+        else:
+            after = ops.flow_step(z[:, :, n:], v[:, :, n:], t, t_next)
+        z = torch.cat([z[:, :, :n], after], dim=2)
         if motion is not None and vm is not None:
             motion = torch.cat([motion[:, :n], ops.flow_step(motion[:, n:], vm[:, n:], t, t_next)], dim=1)
     return z, motion
@@ -187,7 +195,7 @@ def denoise_chunk(
     scene = given.scene
     anchor = with_masks(scene.latent, d, scene.kept, 0) if state.anchor is None else with_masks(state.anchor, d, 1, 0)
     velocity = _guidance(dit, schedule, schedule.passes_of(plan), anchor, plan.latents, reference, given)
-    solved = solve(velocity, d, z, motion, schedule.times, n, cancelled)
+    solved = solve(velocity, d, z, motion, schedule.times, n, cancelled, given.likeness)
     if solved is None:
         return None
     z, motion = solved

@@ -93,7 +93,9 @@ def _made(a: argparse.Namespace, sources: list[Source]) -> Iterator[tuple[str, P
     if unknown := [s for s in systems if s not in SYSTEMS]:
         raise InputError(f"systems: expected some of {', '.join(SYSTEMS)}, got {', '.join(unknown)}")
     engine = AvatarEngine(a.bundle) if not systems or "vae" in systems else None
-    options = {k: getattr(a, k) for k in ("steps", "reference_scale", "audio_scale") if getattr(a, k) is not None}
+    options = {
+        k: getattr(a, k) for k in ("steps", "reference_scale", "audio_scale", "likeness") if getattr(a, k) is not None
+    }
     for i, source in enumerate(sources):
         try:
             case = source.read()
@@ -127,6 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--reference-scale", type=float)
     parser.add_argument("--audio-scale", type=float)
+    parser.add_argument("--likeness", type=float, nargs="*", help="as of avatar-rt generate; nothing after it: off")
     a = parser.parse_args(arguments)
     cv2.setNumThreads(1)
     started, frames, refused = time.monotonic(), 0, {}

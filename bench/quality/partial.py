@@ -25,7 +25,8 @@ from avatar_rt.media.audio import normalise_loudness
 from avatar_rt.models.motion import ungroup_motion
 from avatar_rt.pipeline.decode import decode_chunk, still_of
 from avatar_rt.pipeline.denoise import ChunkState, Conditions, Scene, denoise_chunk
-from avatar_rt.pipeline.reference import ReferenceCache, pack_cache, to_video
+from avatar_rt.pipeline.likeness import likeness_of
+from avatar_rt.pipeline.reference import pack_cache, to_video
 from avatar_rt.pipeline.schedule import GuidancePass, Schedule, guidance_passes, make_schedule
 from bench.quality.clip import Case, Clip
 
@@ -82,7 +83,9 @@ def generate(
     sampling = cfg.sampling if steps is None else dataclasses.replace(cfg.sampling, steps=steps)
     whole = make_schedule(sampling, cfg.chunk, seed, has_text=False)
     schedule = Schedule(whole.times, passes(sampling, sees), cfg.chunk, seed)
-    cache = _cache(engine, case) if sees.reference else None
+    person = engine.prepare(case.reference.frames, sound=case.reference.sound, cropped=True) if sees.reference else None
+    cache = None if person is None else pack_cache(person.cache)
+    likeness = None if person is None else likeness_of(person.context, cfg, sampling.likeness)
     empty = engine.embed_text()
     text = engine.embed_text(prompt) if sees.caption else empty
     scene, dit = _anchor(engine, case, sees), _without(engine, sees)
@@ -95,7 +98,7 @@ def generate(
     while sum(map(len, frames)) < total:
         plan = schedule.plan(index)
         heard = schedule.frames_of(plan, per)
-        given = Conditions(scene, speech[:, before + heard.start : before + heard.stop], text, empty)
+        given = Conditions(scene, speech[:, before + heard.start : before + heard.stop], text, empty, likeness)
         done = denoise_chunk(  # type: ignore[arg-type, return-value]
             dit, cfg, schedule, plan, state, lambda: cache, given, still_of=functools.partial(still_of, engine.vae)
         )
@@ -114,10 +117,6 @@ def caption(path: Path) -> str:
     """What a procedural case's target looks like, in words; empty where its description does not say."""
     meta: dict[str, Any] = json.loads((path / "meta.json").read_text())
     return str(meta.get("target", {}).get("caption", ""))
-
-
-def _cache(engine: AvatarEngine, case: Case) -> ReferenceCache:
-    return pack_cache(engine.prepare(case.reference.frames, sound=case.reference.sound, cropped=True).cache)
 
 
 def _without(engine: AvatarEngine, sees: Sees) -> Any:
