@@ -357,9 +357,10 @@ class Plain:
                 dv, dm = self.velocity(with_masks(z, d, 0, mask), frames_t, text, sound, anchor, motion, **seen)
                 v = v + p.weight * dv
                 vm = None if vm is None else vm + p.weight * dm
-            after = z + (t_next - t) * v
             if likeness is not None and likeness.applies(t, t_next):
                 after = likeness.step(z, v, t, t_next, None if motion is None or vm is None else motion - t * vm)
+            else:
+                after = z + (t_next - t) * v
             z = torch.cat([z[:, :, :n], after[:, :, n:]], 2)
             if motion is not None and vm is not None:
                 motion = torch.cat([motion[:, :n], motion[:, n:] + (t_next - t) * vm[:, n:]], 1)

@@ -132,7 +132,8 @@ def solve(
     likeness: Likeness | None = None,
 ) -> tuple[Tensor, Tensor | None] | None:
     """Latents [1, C, T, h, w] and motion [1, T, M] from the first of ``times`` to the last by Euler steps, but for the
-    ``n`` carried ones, which are clean. None when ``cancelled`` (asked before each step) answers True."""
+    ``n`` carried ones, which are clean. Some steps go through the reference's face where there is a ``likeness``. None
+    when ``cancelled`` (asked before each step) answers True."""
     carried = torch.zeros(1, 1, z.shape[2], 1, 1, device=z.device)
     carried[:, :, :n] = 1
     for t, t_next in pairwise(times):
