@@ -215,7 +215,9 @@ class SamplingConfig:
 
     ``carried_scale`` is the most that ``reference_scale`` may be in a chunk that continues another: its carried latents
     show the person already, and guidance towards the reference drives their colours further away chunk by chunk.
-    ``likeness`` are the flow times at which the estimate takes the reference's face (``pipeline.likeness``).
+    ``motion_audio_scale`` is the motion stream's own guidance towards the speech, and then its only one; None: it is
+    guided as the picture is. ``likeness`` are the flow times at which the estimate takes the reference's person
+    (``pipeline.likeness``).
     """
 
     steps: int = 24
@@ -225,6 +227,7 @@ class SamplingConfig:
     audio_scale: float = 1.0
     text_scale: float = 1.0
     motion_scale: float = 0.0
+    motion_audio_scale: float | None = None
     reference_strength: float = 1.0
     likeness: tuple[float, ...] = ()
 

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from avatar_rt.config import FPS, SAMPLE_RATE, ChunkConfig, SamplingConfig
+from avatar_rt.config import FPS, SAMPLE_RATE, ChunkConfig, SamplingConfig, frames_of_latents
 from avatar_rt.errors import InputError, UnsupportedError
 from avatar_rt.job import write_video
 from avatar_rt.media.audio import normalise_loudness
-from avatar_rt.media.face import crop_face, read_face, track_face
+from avatar_rt.media.face import crop_face, detect_faces, read_face, track_face
 from avatar_rt.media.reader import read_image
 from avatar_rt.media.stream import SpeechFile
 from avatar_rt.media.writer import EXTENSIONS, check_output
@@ -32,6 +32,7 @@ from avatar_rt.models.vae import VideoVAE
 from avatar_rt.models.weights import load_weights
 from avatar_rt.ops.schedule import set_cpu_schedule, set_gpu_tiles
 from avatar_rt.pipeline.denoise import Scene
+from avatar_rt.pipeline.likeness import Likeness, mouth_left_out
 from avatar_rt.pipeline.reference import encode_reference, offload_cache, read_reference, to_video
 from avatar_rt.prepared import SUFFIX, Reference
 from avatar_rt.runtime.graph import Graphed
@@ -40,6 +41,7 @@ from avatar_rt.runtime.trace import stage
 from avatar_rt.runtime.tuning import Settings, tuning_for
 from avatar_rt.runtime.turns import Turns
 from avatar_rt.scene.image import blank_head, latent_mask
+from avatar_rt.scene.matte import person_mattes, place_person
 from avatar_rt.session import Session
 
 Path_ = str | os.PathLike[str]
@@ -220,6 +222,28 @@ class AvatarEngine:
     def _offloaded(self, reference: Reference, offload: bool) -> Reference:
         return dataclasses.replace(reference, cache=offload_cache(reference.cache)) if offload else reference
 
+    @torch.inference_mode()
+    @stage("reference.likeness")
+    def likeness(self, reference: Reference, scene: np.ndarray | None, times: Sequence[float]) -> Likeness | None:
+        """The reference's person as a guide for the solver at ``times``; None where there are none.
+
+        In a scene uint8 [H, W, 3] that shows somebody, the guide is that picture with the reference's head; in an empty
+        one, it is the person with all that is seen of them; without a scene, it is the reference as it is.
+        """
+        if not times:
+            return None
+        cfg, context = self.config, reference.context
+        latents = context.latents[:, : cfg.dit.latent_channels]
+        if scene is not None:
+            picture = _fit(scene, cfg.height, cfg.width)
+            frames = reference.frames[: frames_of_latents(latents.shape[2] + 1)]
+            mattes = person_mattes(frames)
+            if len(detect_faces(picture)):
+                mattes = mattes * ~blank_head(picture)[1]
+            video = to_video(place_person(frames, mattes, picture)).to(self.device)
+            latents = self.vae.normalize(self.vae.encode(video)[0].float())[:, :, 1:]
+        return Likeness(tuple(times), latents, context.motion, mouth_left_out(*cfg.latent_size).to(latents))
+
     # ---- generation ------------------------------------------------------------------------------------------------
 
     def session(
@@ -233,6 +257,7 @@ class AvatarEngine:
         reference_scale: float | None = None,
         audio_scale: float | None = None,
         motion_scale: float | None = None,
+        motion_audio_scale: float | None = None,
         reference_strength: float | None = None,
         likeness: Sequence[float] | None = None,
         use_cache: bool = True,
@@ -247,15 +272,18 @@ class AvatarEngine:
             raise InputError("reference: it was prepared with other weights; prepare it again with this engine")
         given: dict[str, Any] = {
             "steps": steps, "reference_scale": reference_scale, "audio_scale": audio_scale,
-            "motion_scale": motion_scale, "reference_strength": reference_strength,
+            "motion_scale": motion_scale, "motion_audio_scale": motion_audio_scale,
+            "reference_strength": reference_strength,
             "likeness": None if likeness is None else tuple(likeness),
         }  # fmt: skip
         sampling = dataclasses.replace(self.config.sampling, **{k: v for k, v in given.items() if v is not None})
+        picture = read_image(scene) if isinstance(scene, str | os.PathLike) else scene
         place = reference.scene
-        if scene is not None:
+        if picture is not None:
             with torch.inference_mode():
-                place = self.encode_scene(scene if isinstance(scene, np.ndarray) else read_image(scene))
-        return Session(self, reference, place, prompt, seed, sampling, use_cache, queue_seconds, overlap)
+                place = self.encode_scene(picture)
+        likeness = self.likeness(reference, picture, sampling.likeness)
+        return Session(self, reference, place, prompt, seed, sampling, use_cache, queue_seconds, overlap, likeness)
 
     def generate(
         self,

@@ -21,7 +21,7 @@ from avatar_rt.models.speech import SpeechEncoder
 from avatar_rt.models.vae import VideoVAE
 from avatar_rt.pipeline.decode import decode_chunk, still_of
 from avatar_rt.pipeline.denoise import ChunkState, Conditions, Scene, denoise_chunk
-from avatar_rt.pipeline.likeness import likeness_of
+from avatar_rt.pipeline.likeness import Likeness
 from avatar_rt.pipeline.reference import ReferenceCache, encode_reference, pack_cache
 from avatar_rt.pipeline.schedule import Schedule, make_schedule
 from avatar_rt.prepared import Reference
@@ -91,6 +91,7 @@ class Session:
         queue_seconds: ``push_audio`` waits while this much sound is not yet shown. None: it never waits, for sound that
             is in memory anyway and for a thread that both pushes and iterates.
         overlap: Denoise the next chunk in a thread while this one is decoded and used. The frames are the same.
+        likeness: The reference's person as a guide for the solver, or None.
 
     Raises: InputError when ``queue_seconds`` is less than the first chunk hears.
     """
@@ -106,14 +107,14 @@ class Session:
         use_cache: bool,
         queue_seconds: float | None = None,
         overlap: bool = True,
+        likeness: Likeness | None = None,
     ) -> None:
-        self.engine, self.reference, self.scene = engine, reference, scene
+        self.engine, self.reference, self.scene, self.likeness = engine, reference, scene, likeness
         cfg = engine.config
         with torch.inference_mode():
             self.empty_text = engine.embed_text()
             self.text = engine.embed_text(prompt) if prompt else self.empty_text
         self.schedule = make_schedule(sampling, cfg.chunk, seed, has_text=bool(prompt))
-        self._likeness = likeness_of(reference.context, cfg, sampling.likeness)
         self.overlap, self.stats = overlap, ChunkStats()
         self._cache = pack_cache(reference.cache) if use_cache else None
         # Not a method of this session: it goes, with its reference, when its last user does and not at a collection.
@@ -232,7 +233,7 @@ class Session:
             started = time.perf_counter()
             with stage("speech"):
                 audio = engine.speech(torch.from_numpy(job.sound).to(engine.device), has_context=True)
-            given = Conditions(self.scene, audio, self.text, self.empty_text, self._likeness)
+            given = Conditions(self.scene, audio, self.text, self.empty_text, self.likeness)
             plan = self.schedule.plan(job.head.index)
             result = denoise_chunk(
                 engine.dit, engine.config, self.schedule, plan, job.head.state, self._reference, given, stale,

@@ -28,7 +28,6 @@ from avatar_rt.models.vae import VideoVAE
 from avatar_rt.models.vae_blocks import FrameAttention, ResidualBlock, Upsample, unfold_patch
 from avatar_rt.pipeline.decode import still_of
 from avatar_rt.pipeline.denoise import ChunkState, settle
-from avatar_rt.pipeline.likeness import likeness_of
 from avatar_rt.pipeline.reference import ReferenceContext
 from avatar_rt.pipeline.schedule import Schedule
 from avatar_rt.session import Reference
@@ -344,7 +343,7 @@ class Plain:
         mask = torch.zeros(1, 1, plan.latents, 1, 1, device=device)
         mask[:, :, :n] = 1
         kv = (reference.cache.k, reference.cache.v)
-        likeness = likeness_of(reference.context, cfg, cfg.sampling.likeness)
+        likeness = self.engine.likeness(reference, None, cfg.sampling.likeness)
         for t, t_next in pairwise(schedule.times):
             frames_t = torch.full((1, plan.latents), t, device=device)
             frames_t[:, :n] = 0
@@ -356,7 +355,7 @@ class Plain:
                 sound = audio if p.audio else None
                 dv, dm = self.velocity(with_masks(z, d, 0, mask), frames_t, text, sound, anchor, motion, **seen)
                 v = v + p.weight * dv
-                vm = None if vm is None else vm + p.weight * dm
+                vm = None if vm is None else vm + p.motion_weight * dm
             if likeness is not None and likeness.applies(t, t_next):
                 after = likeness.step(z, v, t, t_next, None if motion is None or vm is None else motion - t * vm)
             else:

@@ -88,6 +88,7 @@ def test_guidance_leaves_out_what_is_not_known() -> None:
     ):
         found = passes(s, sees)
         assert sum(p.weight for p in found) == pytest.approx(1)
+        assert sum(p.motion_weight for p in found) == pytest.approx(1)
         assert not any((p.reference and not sees.reference) or (p.audio and not sees.audio) for p in found)
         assert len({(p.reference, p.audio, p.text) for p in found}) == len(found)
     (only,) = passes(s, Sees(False, False))

@@ -1,4 +1,4 @@
-"""The reference's face in the solver's estimate: where, when, whose, and that nothing else changes."""
+"""The reference's person in the solver's estimate: where, when, whose, in which place, and nothing else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from avatar_rt import AvatarEngine
 from avatar_rt.config import SamplingConfig
 from avatar_rt.errors import InputError
 from avatar_rt.pipeline.denoise import solve
-from avatar_rt.pipeline.likeness import Likeness, face_mask
+from avatar_rt.pipeline.likeness import Likeness, mouth_left_out
+from avatar_rt.pipeline.reference import to_video
+from avatar_rt.prepared import Reference
+from avatar_rt.scene.image import blank_head
+from avatar_rt.scene.matte import place_person
 
 MASK = torch.zeros(1, 1, 1, 4, 4)
 MASK[..., 1:3, 1:3] = 1
@@ -41,7 +45,7 @@ def test_without_motion_the_nearest_face_is_taken() -> None:
     lent = _likeness(motion=False)
     clean = lent.latents[:, :, [3, 0]] + 0.1 * torch.randn(1, 3, 2, 4, 4)
     clean = torch.where(MASK.bool(), clean, 9.0)  # what lies outside of the face says nothing
-    assert torch.equal(lent.faces(clean, None), lent.latents[:, :, [3, 0]])
+    assert torch.equal(lent.nearest(clean, None), lent.latents[:, :, [3, 0]])
 
 
 def test_each_time_counts_once() -> None:
@@ -63,22 +67,56 @@ def test_carried_latents_stay_as_they_are(n: int) -> None:
     assert not torch.equal(out[:, :, n:], z[:, :, n:])
 
 
-def test_the_mask_has_the_face_without_the_mouth() -> None:
-    mask = face_mask(16, 16)
+def test_only_the_mouth_is_left_out() -> None:
+    mask = mouth_left_out(16, 16)[0, 0, 0]
     assert mask.shape == (16, 16) and mask.min() >= 0 and mask.max() <= 1
-    assert mask[6, 6] == 1 and mask[6, 9] == 1  # eyes
     assert mask[10, 7] < 0.1 and mask[10, 8] < 0.1  # mouth
-    assert not mask[:2].any() and not mask[:, :3].any() and not mask[:, 13:].any()
+    assert bool((mask[:8] == 1).all() and (mask[:, :4] == 1).all() and (mask[14:] == 1).all())
     assert torch.allclose(mask, mask.flip(1))
 
 
-def test_a_request_may_turn_it_off_or_move_it(tmp_path) -> None:
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> AvatarEngine:
     sampling = dataclasses.replace(small_bundle.CONFIG.sampling, likeness=(0.8,))
-    path = small_bundle.write_bundle(tmp_path / "bundle", spread=0.1, height=64, width=64, sampling=sampling)
-    engine = AvatarEngine(path)
-    assert engine.config.sampling.likeness == (0.8,)
+    folder = tmp_path_factory.mktemp("likeness") / "bundle"
+    return AvatarEngine(small_bundle.write_bundle(folder, spread=0.1, height=64, width=64, sampling=sampling))
+
+
+@pytest.fixture(scope="module")
+def reference(engine: AvatarEngine) -> Reference:
     rng = np.random.default_rng(0)
-    reference = engine.prepare(rng.integers(0, 256, (17, 64, 64, 3), np.uint8), cropped=True)
+    return engine.prepare(rng.integers(0, 256, (17, 64, 64, 3), np.uint8), cropped=True)
+
+
+def test_without_a_scene_the_guide_is_the_reference(engine: AvatarEngine, reference: Reference) -> None:
+    guide = engine.likeness(reference, None, (0.8,))
+    assert guide is not None and guide.times == (0.8,)
+    assert torch.equal(guide.latents, reference.context.latents[:, : engine.config.dit.latent_channels])
+    assert engine.likeness(reference, None, ()) is None
+
+
+@pytest.mark.parametrize("somebody", [False, True])
+def test_in_a_scene_the_guide_is_the_person_before_it(
+    engine: AvatarEngine, reference: Reference, monkeypatch: pytest.MonkeyPatch, somebody: bool
+) -> None:
+    """An empty place gets all of the person, a picture of somebody the head alone."""
+    mattes = np.zeros((17, 64, 64), np.float32)
+    mattes[:, 16:, 24:40] = 1
+    monkeypatch.setattr("avatar_rt.engine.person_mattes", lambda frames: mattes[: len(frames)])
+    monkeypatch.setattr("avatar_rt.engine.detect_faces", lambda picture: np.zeros((int(somebody), 5), np.float32))
+    scene = np.full((128, 128, 3), 90, np.uint8)
+    guide = engine.likeness(reference, scene, (0.8,))
+    assert guide is not None
+    part = mattes * ~blank_head(scene[:64, :64])[1] if somebody else mattes
+    count = 1 + 4 * reference.context.latents.shape[2]
+    video = to_video(place_person(reference.frames[:count], part[:count], scene[:64, :64]))
+    wanted = engine.vae.normalize(engine.vae.encode(video)[0].float())[:, :, 1:]
+    assert torch.allclose(guide.latents, wanted, atol=1e-5)
+    assert guide.latents.shape == reference.context.latents[:, : engine.config.dit.latent_channels].shape
+
+
+def test_a_request_may_turn_it_off_or_move_it(engine: AvatarEngine, reference: Reference) -> None:
+    assert engine.config.sampling.likeness == (0.8,)
 
     def frames(**options) -> np.ndarray:
         session = engine.session(reference, **options)

@@ -73,6 +73,18 @@ def test_guidance_of_one_is_the_conditioned_pass() -> None:
     assert [p.text for p in guidance_passes(_scales(2.0, 2.0, 5.0), has_text=False)] == [False, False]
 
 
+@pytest.mark.parametrize("has_text", [False, True])
+def test_the_motion_may_have_a_guidance_of_its_own(has_text: bool) -> None:
+    """v_r + s (v_rat - v_r), whatever guides the picture; only passes that somebody needs are run."""
+    scales = dataclasses.replace(_scales(3.0, 2.5, 4.0), motion_audio_scale=1.25)
+    passes = guidance_passes(scales, has_text)
+    assert sum(p.weight for p in passes) == pytest.approx(1)
+    motion = {(p.reference, p.audio, p.text): p.motion_weight for p in passes if p.motion_weight}
+    assert motion == pytest.approx({(True, False, False): -0.25, (True, True, has_text): 1.25})
+    (only,) = guidance_passes(dataclasses.replace(_scales(1.0, 1.0, 1.0), motion_audio_scale=1.0), has_text)
+    assert only.motion_weight == 1
+
+
 def test_chunks_overlap_and_never_end() -> None:
     schedule = make_schedule(SamplingConfig(steps=2), ChunkConfig(latents=8, overlap=2), 0, has_text=False)
     plans = [schedule.plan(i) for i in range(4)]

@@ -59,7 +59,7 @@ class Conditions:
     Attributes:
         audio: [1, 4T or 4T-3, A] speech features of the chunk's frames (``Schedule.frames_of``).
         text, empty_text: [1, S, D] the prompt and the empty caption.
-        likeness: The reference's face for the estimate, or None.
+        likeness: The reference's person for the estimate, or None.
     """
 
     scene: Scene
@@ -132,7 +132,7 @@ def solve(
     likeness: Likeness | None = None,
 ) -> tuple[Tensor, Tensor | None] | None:
     """Latents [1, C, T, h, w] and motion [1, T, M] from the first of ``times`` to the last by Euler steps, but for the
-    ``n`` carried ones, which are clean. Some steps go through the reference's face where there is a ``likeness``. None
+    ``n`` carried ones, which are clean. Some steps go through the guide where there is a ``likeness``. None
     when ``cancelled`` (asked before each step) answers True."""
     carried = torch.zeros(1, 1, z.shape[2], 1, 1, device=z.device)
     carried[:, :, :n] = 1

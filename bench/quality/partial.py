@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,8 @@ from avatar_rt.media.audio import normalise_loudness
 from avatar_rt.models.motion import ungroup_motion
 from avatar_rt.pipeline.decode import decode_chunk, still_of
 from avatar_rt.pipeline.denoise import ChunkState, Conditions, Scene, denoise_chunk
-from avatar_rt.pipeline.likeness import likeness_of
 from avatar_rt.pipeline.reference import pack_cache, to_video
-from avatar_rt.pipeline.schedule import GuidancePass, Schedule, guidance_passes, make_schedule
+from avatar_rt.pipeline.schedule import GuidancePass, guidance_passes, make_schedule
 from bench.quality.clip import Case, Clip
 
 
@@ -60,12 +58,16 @@ def passes(sampling: SamplingConfig, sees: Sees) -> tuple[GuidancePass, ...]:
     reference = sampling.reference_scale if sees.reference else 1.0
     audio = sampling.audio_scale if sees.audio else reference
     sampling = dataclasses.replace(sampling, reference_scale=reference, audio_scale=audio)
-    blind = [
-        (p.reference and sees.reference, p.audio and sees.audio, p.text and sees.caption, p.weight)
-        for p in guidance_passes(sampling, sees.caption)
-    ]
-    summed = ((*key, sum(p[3] for p in group)) for key, group in groupby(sorted(blind), key=lambda p: p[:3]))
-    return tuple(GuidancePass(weight, *flags) for *flags, weight in summed if abs(weight) > 1e-9)
+    summed: dict[tuple[bool, bool, bool, bool], tuple[float, float]] = {}
+    for p in guidance_passes(sampling, sees.caption):
+        key = (p.reference and sees.reference, p.audio and sees.audio, p.text and sees.caption, p.motion)
+        weight, motion_weight = summed.get(key, (0.0, 0.0))
+        summed[key] = (weight + p.weight, motion_weight + p.motion_weight)
+    return tuple(
+        GuidancePass(weight, *key, motion_weight)
+        for key, (weight, motion_weight) in sorted(summed.items())
+        if max(abs(weight), abs(motion_weight)) > 1e-9
+    )
 
 
 @torch.inference_mode()
@@ -82,10 +84,12 @@ def generate(
     cfg, per = engine.config, engine.config.dit.audio_per_latent
     sampling = cfg.sampling if steps is None else dataclasses.replace(cfg.sampling, steps=steps)
     whole = make_schedule(sampling, cfg.chunk, seed, has_text=False)
-    schedule = Schedule(whole.times, passes(sampling, sees), cfg.chunk, seed)
+    carried = dataclasses.replace(sampling, reference_scale=min(sampling.reference_scale, sampling.carried_scale))
+    schedule = dataclasses.replace(whole, passes=passes(sampling, sees), carried_passes=passes(carried, sees))
     person = engine.prepare(case.reference.frames, sound=case.reference.sound, cropped=True) if sees.reference else None
     cache = None if person is None else pack_cache(person.cache)
-    likeness = None if person is None else likeness_of(person.context, cfg, sampling.likeness)
+    place = case.scene if sees.anchor == "scene" else None
+    likeness = None if person is None else engine.likeness(person, place, sampling.likeness)
     empty = engine.embed_text()
     text = engine.embed_text(prompt) if sees.caption else empty
     scene, dit = _anchor(engine, case, sees), _without(engine, sees)

@@ -45,7 +45,9 @@ MEASURES = (
     Measure("lse_c_star", "LSE-C*", "", "higher", "sync"),
     Measure("lse_d_star", "LSE-D*", "", "lower", "sync"),
     Measure("offset_star", "offset*, sound late", "frames", "target", "sync", target=0.0),
+    Measure("in_step_star", "offset* within one frame", "share", "higher", "sync"),
 )
+_OWN = ("lse_c_star", "lse_d_star", "offset_star")
 
 
 def refusal(frames: np.ndarray, faces: Faces, sound: np.ndarray | None) -> str | None:
@@ -91,7 +93,7 @@ def _table(frames: np.ndarray, faces: Faces, sound: np.ndarray | None, scorer: S
 
 def _scores(table: np.ndarray | None) -> dict[str, float]:
     if table is None:
-        return {m.key: float("nan") for m in MEASURES}
+        return dict.fromkeys(_OWN, float("nan"))
     found = lse.decide(table)
     return {"lse_c_star": found.lse_c, "lse_d_star": found.lse_d, "offset_star": float(found.late)}
 
@@ -107,7 +109,8 @@ def measure(case: Case, video: Clip, faces: Faces, context: Any) -> dict[str, fl
         context.series["sync"] = np.full(len(video.frames), np.nan)
         context.series["sync"][: len(table)] = np.median(table, axis=1) - best
     scores = _scores(table)
-    return scores | {"offset_star": scores["offset_star"] - lead_of(case) * FPS}
+    offset = scores["offset_star"] - lead_of(case) * FPS
+    return scores | {"offset_star": offset, "in_step_star": float(abs(offset) <= 1) if table is not None else offset}
 
 
 def lead_of(case: Case) -> float:
