@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         nargs="*",
         metavar="T",
-        help="flow times at which the estimate takes the reference's face; none is off",
+        help="flow times at which the estimate takes the reference's person; none is off",
     )
     generate.add_argument("--sheet", type=Path, help="also write a contact sheet, .png")
     generate.add_argument("--resume", action="store_true", help="go on with an unfinished run of the same request")

@@ -216,7 +216,8 @@ class SamplingConfig:
     ``carried_scale`` is the most that ``reference_scale`` may be in a chunk that continues another: its carried latents
     show the person already, and guidance towards the reference drives their colours further away chunk by chunk.
     ``motion_audio_scale`` is the motion stream's own guidance towards the speech, and then its only one; None: it is
-    guided as the picture is. ``likeness`` are the flow times at which the estimate takes the reference's person
+    guided as the picture is. Its first noise is multiplied with ``motion_temperature``: less than 1 draws likelier
+    motion. ``likeness`` are the flow times at which the estimate takes the reference's person
     (``pipeline.likeness``).
     """
 
@@ -228,12 +229,17 @@ class SamplingConfig:
     text_scale: float = 1.0
     motion_scale: float = 0.0
     motion_audio_scale: float | None = None
+    motion_temperature: float = 1.0
     reference_strength: float = 1.0
     likeness: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         _check(
             all(0 < t < 1 for t in self.likeness), f"likeness: expected flow times between 0 and 1, got {self.likeness}"
+        )
+        _check(
+            0 <= self.motion_temperature <= 1,
+            f"motion_temperature: expected a number from 0 to 1, got {self.motion_temperature}",
         )
 
 

@@ -32,7 +32,7 @@ from avatar_rt.models.vae import VideoVAE
 from avatar_rt.models.weights import load_weights
 from avatar_rt.ops.schedule import set_cpu_schedule, set_gpu_tiles
 from avatar_rt.pipeline.denoise import Scene
-from avatar_rt.pipeline.likeness import Likeness, mouth_left_out
+from avatar_rt.pipeline.likeness import Likeness, guide_masks
 from avatar_rt.pipeline.reference import encode_reference, offload_cache, read_reference, to_video
 from avatar_rt.prepared import SUFFIX, Reference
 from avatar_rt.runtime.graph import Graphed
@@ -242,7 +242,8 @@ class AvatarEngine:
                 mattes = mattes * ~blank_head(picture)[1]
             video = to_video(place_person(frames, mattes, picture)).to(self.device)
             latents = self.vae.normalize(self.vae.encode(video)[0].float())[:, :, 1:]
-        return Likeness(tuple(times), latents, context.motion, mouth_left_out(*cfg.latent_size).to(latents))
+        masks = (mask.to(latents) for mask in guide_masks(*cfg.latent_size))
+        return Likeness(tuple(times), latents, context.motion, *masks)
 
     # ---- generation ------------------------------------------------------------------------------------------------
 

@@ -13,8 +13,9 @@ import torch
 from avatar_rt import AvatarEngine
 from avatar_rt.config import SamplingConfig
 from avatar_rt.errors import InputError
+from avatar_rt.models.motion import motion_index
 from avatar_rt.pipeline.denoise import solve
-from avatar_rt.pipeline.likeness import Likeness, mouth_left_out
+from avatar_rt.pipeline.likeness import LATE, Likeness, guide_masks
 from avatar_rt.pipeline.reference import to_video
 from avatar_rt.prepared import Reference
 from avatar_rt.scene.image import blank_head
@@ -22,12 +23,14 @@ from avatar_rt.scene.matte import place_person
 
 MASK = torch.zeros(1, 1, 1, 4, 4)
 MASK[..., 1:3, 1:3] = 1
+UPPER = MASK.clone()
+UPPER[..., 2:, :] = 0
 
 
 def _likeness(times: tuple[float, ...] = (0.8,), motion: bool = True) -> Likeness:
     g = torch.Generator().manual_seed(2)
     latents = torch.randn(1, 3, 5, 4, 4, generator=g)
-    return Likeness(times, latents, torch.randn(1, 5, 6, generator=g) if motion else None, MASK)
+    return Likeness(times, latents, torch.randn(1, 5, 6, generator=g) if motion else None, MASK, UPPER)
 
 
 def test_the_face_is_the_references_and_the_rest_is_an_euler_step() -> None:
@@ -39,6 +42,29 @@ def test_the_face_is_the_references_and_the_rest_is_an_euler_step() -> None:
     inside = MASK.bool().expand_as(z)
     assert torch.allclose(clean[inside], lent.latents[:, :, [4, 1]][inside], atol=1e-5)
     assert torch.allclose(out[~inside], (z - 0.2 * v)[~inside], atol=1e-6)
+
+
+def test_late_steps_take_the_upper_part_alone() -> None:
+    lent = _likeness((LATE,))
+    z, v, motion = torch.randn(1, 3, 2, 4, 4), torch.randn(1, 3, 2, 4, 4), lent.motion[:, [2, 2]]
+    early, late = (lent.step(z, v, 0.7, t, motion) for t in (LATE, LATE - 0.05))
+    euler = z + (LATE - 0.05 - 0.7) * v
+    assert torch.allclose(late[..., 2:, :], euler[..., 2:, :], atol=1e-6)
+    assert not torch.allclose(late[..., 1, 1:3], euler[..., 1, 1:3], atol=1e-3)
+    assert not torch.allclose(early[..., 2, 1:3], (z + (LATE - 0.7) * v)[..., 2, 1:3], atol=1e-3)
+
+
+def test_the_jaw_counts_more_than_other_motion() -> None:
+    def tokens(**channels: float) -> torch.Tensor:
+        out = torch.zeros(1, 4, 62)
+        for name, value in channels.items():
+            out[..., motion_index(name)] = value
+        return out.reshape(1, 1, -1)
+
+    motion = torch.cat([tokens(jawOpen=0.5), tokens(browInnerUp=0.7)], 1)  # the second is further away, and not as bad
+    lent = dataclasses.replace(_likeness(), motion=motion)
+    clean = torch.zeros(1, 3, 1, 4, 4)
+    assert torch.equal(lent.nearest(clean, tokens()), lent.latents[:, :, 1:2])
 
 
 def test_without_motion_the_nearest_face_is_taken() -> None:
@@ -68,11 +94,12 @@ def test_carried_latents_stay_as_they_are(n: int) -> None:
 
 
 def test_only_the_mouth_is_left_out() -> None:
-    mask = mouth_left_out(16, 16)[0, 0, 0]
+    mask, late = (m[0, 0, 0] for m in guide_masks(16, 16))
     assert mask.shape == (16, 16) and mask.min() >= 0 and mask.max() <= 1
     assert mask[10, 7] < 0.1 and mask[10, 8] < 0.1  # mouth
     assert bool((mask[:8] == 1).all() and (mask[:, :4] == 1).all() and (mask[14:] == 1).all())
     assert torch.allclose(mask, mask.flip(1))
+    assert torch.equal(mask[:8], late[:8]) and not late[10:].any()
 
 
 @pytest.fixture(scope="module")

@@ -85,6 +85,17 @@ def test_the_motion_may_have_a_guidance_of_its_own(has_text: bool) -> None:
     assert only.motion_weight == 1
 
 
+def test_the_motions_noise_has_a_temperature() -> None:
+    cold, warm = (
+        make_schedule(SamplingConfig(motion_temperature=t), ChunkConfig(), 3, has_text=False) for t in (0.5, 1.0)
+    )
+    plan = warm.plan(0)
+    assert torch.equal(cold.noise(plan, 0, (2,)), warm.noise(plan, 0, (2,)))
+    assert torch.equal(cold.noise(plan, 1, (2,)), 0.5 * warm.noise(plan, 1, (2,)))
+    with pytest.raises(InputError, match="motion_temperature: expected a number from 0 to 1, got 2"):
+        SamplingConfig(motion_temperature=2)
+
+
 def test_chunks_overlap_and_never_end() -> None:
     schedule = make_schedule(SamplingConfig(steps=2), ChunkConfig(latents=8, overlap=2), 0, has_text=False)
     plans = [schedule.plan(i) for i in range(4)]

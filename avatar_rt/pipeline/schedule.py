@@ -75,6 +75,7 @@ class Schedule:
     seed: int
     reference_strength: float = 1.0
     carried_passes: tuple[GuidancePass, ...] = ()
+    motion_temperature: float = 1.0
 
     def passes_of(self, plan: ChunkPlan) -> tuple[GuidancePass, ...]:
         """The guidance passes of a chunk: a continued one has its own, where the schedule has them."""
@@ -91,12 +92,15 @@ class Schedule:
         return range(first if self.chunk.lead_in else max(first, 0), first + per * plan.latents)
 
     def noise(self, plan: ChunkPlan, stream: int, shape: tuple[int, ...]) -> Tensor:
-        """Normal noise [T, *shape] fp32; a latent's depends on (seed, stream, absolute index), never on the cut."""
+        """Normal noise [T, *shape] fp32; a latent's depends on (seed, stream, absolute index), never on the cut.
+
+        Stream 0 is the picture's, 1 the motion's, which is as large as its temperature.
+        """
         rows = []
         for index in range(plan.start, plan.start + plan.latents):
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + index * 2 + stream) % (2**63 - 1))
             rows.append(torch.randn(shape, generator=generator))
-        return torch.stack(rows)
+        return torch.stack(rows) * (self.motion_temperature if stream == 1 else 1.0)
 
 
 def level(latents: Tensor, kept: Tensor) -> Tensor:
@@ -117,5 +121,5 @@ def make_schedule(sampling: SamplingConfig, chunk: ChunkConfig, seed: int, *, ha
     carried = replace(sampling, reference_scale=min(sampling.reference_scale, sampling.carried_scale))
     return Schedule(
         tuple(times), guidance_passes(sampling, has_text), chunk, seed, sampling.reference_strength,
-        guidance_passes(carried, has_text),
+        guidance_passes(carried, has_text), sampling.motion_temperature,
     )  # fmt: skip

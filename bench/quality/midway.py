@@ -9,6 +9,7 @@ document.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from dataclasses import dataclass
@@ -62,7 +63,8 @@ def sampled_from(engine: AvatarEngine, case: Case, times: list[float], seed: int
     reference = engine.prepare(case.reference.frames, sound=case.reference.sound, cropped=True)
     scene = reference.scene if case.scene is None else engine.encode_scene(case.scene)
     text = engine.embed_text()
-    schedule = make_schedule(cfg.sampling, cfg.chunk, seed, has_text=False)
+    sampling = dataclasses.replace(cfg.sampling, motion_temperature=1.0)  # what is noised to t has all its noise
+    schedule = make_schedule(sampling, cfg.chunk, seed, has_text=False)
     start = _start(engine, case.target.frames[:length], schedule)
     sound = _sound(case.speech, 1, length, engine.speech.context)
     audio = engine.speech(torch.from_numpy(sound)[None], has_context=True)
