@@ -87,7 +87,8 @@ def test_a_request_shows_its_stages(tmp_path):
     from bench.trace import record
 
     counts = record(tmp_path / "trace.json", seconds=0.2, steps=1)
-    want = {"reference", "reference.context", "reference.cache", "speech", "denoise", "denoise.step", "decode", "write"}
+    want = {"reference", "reference.context", "reference.cache", "reference.likeness", "speech", "denoise",
+            "denoise.step", "decode", "write"}  # fmt: skip
     assert want <= set(counts) <= want | {"denoise.pass"}  # one pass after another where kernels are not recorded
     names = {e.get("name") for e in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
     assert want <= names
