@@ -283,8 +283,8 @@ class AvatarEngine:
         if picture is not None:
             with torch.inference_mode():
                 place = self.encode_scene(picture)
-        likeness = self.likeness(reference, picture, sampling.likeness)
-        return Session(self, reference, place, prompt, seed, sampling, use_cache, queue_seconds, overlap, likeness)
+        guide = self.likeness(reference, picture, sampling.likeness)
+        return Session(self, reference, place, prompt, seed, sampling, use_cache, queue_seconds, overlap, guide)
 
     def generate(
         self,

@@ -115,11 +115,15 @@ def level(latents: Tensor, kept: Tensor) -> Tensor:
     return kept * mean + head * share
 
 
+def carried(sampling: SamplingConfig) -> SamplingConfig:
+    """What holds in a chunk that continues another."""
+    return replace(sampling, reference_scale=min(sampling.reference_scale, sampling.carried_scale))
+
+
 def make_schedule(sampling: SamplingConfig, chunk: ChunkConfig, seed: int, *, has_text: bool) -> Schedule:
     """Raises InputError on an impossible number of steps."""
     times = flow_times(sampling.steps, sampling.shift)
-    carried = replace(sampling, reference_scale=min(sampling.reference_scale, sampling.carried_scale))
     return Schedule(
         tuple(times), guidance_passes(sampling, has_text), chunk, seed, sampling.reference_strength,
-        guidance_passes(carried, has_text), sampling.motion_temperature,
+        guidance_passes(carried(sampling), has_text), sampling.motion_temperature,
     )  # fmt: skip

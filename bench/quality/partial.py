@@ -25,7 +25,7 @@ from avatar_rt.models.motion import ungroup_motion
 from avatar_rt.pipeline.decode import decode_chunk, still_of
 from avatar_rt.pipeline.denoise import ChunkState, Conditions, Scene, denoise_chunk
 from avatar_rt.pipeline.reference import pack_cache, to_video
-from avatar_rt.pipeline.schedule import GuidancePass, guidance_passes, make_schedule
+from avatar_rt.pipeline.schedule import GuidancePass, carried, guidance_passes, make_schedule
 from bench.quality.clip import Case, Clip
 
 
@@ -84,8 +84,7 @@ def generate(
     cfg, per = engine.config, engine.config.dit.audio_per_latent
     sampling = cfg.sampling if steps is None else dataclasses.replace(cfg.sampling, steps=steps)
     whole = make_schedule(sampling, cfg.chunk, seed, has_text=False)
-    carried = dataclasses.replace(sampling, reference_scale=min(sampling.reference_scale, sampling.carried_scale))
-    schedule = dataclasses.replace(whole, passes=passes(sampling, sees), carried_passes=passes(carried, sees))
+    schedule = dataclasses.replace(whole, passes=passes(sampling, sees), carried_passes=passes(carried(sampling), sees))
     person = engine.prepare(case.reference.frames, sound=case.reference.sound, cropped=True) if sees.reference else None
     cache = None if person is None else pack_cache(person.cache)
     place = case.scene if sees.anchor == "scene" else None
