@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch import Tensor
 from avatar_rt import ops
 from avatar_rt.errors import InputError
 from avatar_rt.ops.program import Program, Table, pack_linear, refuses_program, rope_lanes
+from avatar_rt.ops.schedule import torch_alone
 
 REASON = refuses_program(torch.device("cpu"), torch.bfloat16)
 needs_kernels = pytest.mark.skipif(REASON is not None, reason=REASON or "")
@@ -157,3 +160,18 @@ def test_wrong_shapes_are_said() -> None:
     with pytest.raises(InputError, match="even C"):
         pack_linear(torch.zeros(4, 3), None)
     assert len(program) == 0
+
+
+def test_torch_alone_leaves_threads_that_begin_meanwhile_alone() -> None:
+    seen: list[int] = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with torch_alone() as had:
+            thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+            thread.start()
+            thread.join()
+            seen.append(torch.get_num_threads())
+        assert (had, seen, torch.get_num_threads()) == (3, [3, 1], 3)
+    finally:
+        torch.set_num_threads(before)
