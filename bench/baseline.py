@@ -24,6 +24,7 @@ from avatar_rt.config import SAMPLES_PER_FRAME
 from avatar_rt.engine import AvatarEngine
 from avatar_rt.models.dit import VideoRefDiT, velocity_of, with_masks
 from avatar_rt.models.layers import Block, Head, linear_fp32
+from avatar_rt.models.motion import rest_tokens
 from avatar_rt.models.vae import VideoVAE
 from avatar_rt.models.vae_blocks import FrameAttention, ResidualBlock, Upsample, unfold_patch
 from avatar_rt.pipeline.decode import still_of
@@ -344,20 +345,25 @@ class Plain:
         mask[:, :, :n] = 1
         kv = (reference.cache.k, reference.cache.v)
         likeness = self.engine.likeness(reference, None, cfg.sampling.likeness)
+        believed = motion
         for t, t_next in pairwise(schedule.times):
             frames_t = torch.full((1, plan.latents), t, device=device)
             frames_t[:, :n] = 0
             v, vm = torch.zeros_like(z), None if motion is None else torch.zeros_like(motion)
+            resting = None if motion is None or believed is None else rest_tokens(motion, believed, frames_t)
             for p in schedule.passes_of(plan):
                 seen: dict[str, Any] = {}
                 if p.reference:
                     seen = {"kv": kv} if self.cached else {"ref": reference.context}
                 sound = audio if p.audio else None
-                dv, dm = self.velocity(with_masks(z, d, 0, mask), frames_t, text, sound, anchor, motion, **seen)
+                told = resting if p.resting else motion
+                dv, dm = self.velocity(with_masks(z, d, 0, mask), frames_t, text, sound, anchor, told, **seen)
                 v = v + p.weight * dv
                 vm = None if vm is None else vm + p.motion_weight * dm
+            if motion is not None and vm is not None:
+                believed = motion - frames_t[:, :, None] * vm
             if likeness is not None and likeness.applies(t, t_next):
-                after = likeness.step(z, v, t, t_next, None if motion is None or vm is None else motion - t * vm)
+                after = likeness.step(z, v, t, t_next, believed)
             else:
                 after = z + (t_next - t) * v
             z = torch.cat([z[:, :, :n], after[:, :, n:]], 2)

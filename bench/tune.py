@@ -75,7 +75,7 @@ class Workload:
         given = Conditions(scene, self.audio, empty, empty)
         anchor = with_masks(scene.latent, engine.config.dit, scene.kept, 0)
         call = _guidance(dit, self.schedule, self.schedule.passes, anchor, self.frames, lambda: cache, given)
-        return lambda: tuple(x for x in call(self.latents, self.t, self.motion) if x is not None)
+        return lambda: tuple(x for x in call(self.latents, self.t, self.motion, self.motion) if x is not None)
 
     def calls(self, s: Settings) -> list[Callable[[], tuple[Tensor, ...]]]:
         """A step and a decoding under the settings, which stay in force."""

@@ -50,6 +50,7 @@ class Case:
         self.motion = torch.randn(1, frames, 16, generator=g) if cfg.motion_dim else None
         self.t = torch.full((1, frames), 0.6)
         self.t[:, :1] = 0
+        self.resting = None if self.motion is None else self.motion.flip(2)
         self.anchor = torch.randn(1, 6, 1, 4, 6, generator=g)
         self.ref = torch.randn(1, 6, 2, 4, 6, generator=g)
         self.ref_motion = torch.randn(1, 2, 16, generator=g) if cfg.motion_dim else None
@@ -72,7 +73,7 @@ class Case:
         reference = (lambda: kept) if packed else (lambda: self.cache(module, False))
         call = _guidance(dit, self.schedule, self.schedule.passes, self.anchor, self.frames, reference, self.given)
         for _ in range(steps):
-            result = call(self.latents, self.t, self.motion)
+            result = call(self.latents, self.t, self.motion, self.resting)
         return result
 
 
@@ -146,8 +147,8 @@ def test_weights_sum_to_one_with_inner_guidance() -> None:
             passes = guidance_passes(sampling, has_text)
             assert sum(p.weight for p in passes) == pytest.approx(1)
             assert sum(p.motion_weight for p in passes) == pytest.approx(1)
-            assert all(p.motion_weight == 0 for p in passes if not p.motion)
-            assert any(not p.motion for p in passes) == (m != 0)
+            assert all(p.motion_weight == 0 for p in passes if p.resting)
+            assert any(p.resting for p in passes) == (m != 0)
     off = guidance_passes(SamplingConfig(reference_scale=3, audio_scale=2.5), False)
     assert [(p.weight, p.reference, p.audio, p.text) for p in off] == [
         (-2, False, False, False), (0.5, True, False, False), (2.5, True, True, False),
@@ -155,8 +156,8 @@ def test_weights_sum_to_one_with_inner_guidance() -> None:
 
 
 @torch.no_grad()
-def test_inner_guidance_moves_away_from_what_has_no_motion() -> None:
-    """v + w (v - v without motion tokens), and the motion's own velocity untouched; in fp32, by modules."""
+def test_inner_guidance_moves_away_from_a_silent_mouth_at_rest() -> None:
+    """v + w (v - v of silence), and the motion's own velocity untouched; in fp32, by modules."""
     _, exact = _models()
     scales = {"reference_scale": 1.0, "audio_scale": 1.0}
     plain, guided = Case(SMALL, **scales), Case(SMALL, motion_scale=0.5, **scales)
@@ -164,8 +165,8 @@ def test_inner_guidance_moves_away_from_what_has_no_motion() -> None:
     got, got_motion = guided.velocity(exact)
     cache = plain.cache(exact, False)
     bare, _ = exact(
-        plain.latents, plain.t, plain.given.text, plain.given.audio, anchor=plain.anchor, anchor_t=torch.zeros(1),
-        motion=torch.zeros_like(plain.motion), ref_k=cache.k, ref_v=cache.v,  # as training drops it
+        plain.latents, plain.t, plain.given.text, None, anchor=plain.anchor, anchor_t=torch.zeros(1),
+        motion=plain.resting, ref_k=cache.k, ref_v=cache.v,
     )  # fmt: skip
     torch.testing.assert_close(got, v + 0.5 * (v - bare))
     assert vm is not None and torch.equal(got_motion, vm)

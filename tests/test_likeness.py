@@ -85,7 +85,7 @@ def test_carried_latents_stay_as_they_are(n: int) -> None:
     cfg = dataclasses.replace(small_bundle.CONFIG.dit, latent_channels=3)
     z, motion = torch.randn(1, 3, 2, 4, 4), torch.randn(1, 2, 6)
 
-    def still(rows, t, m):
+    def still(rows, t, m, resting):
         return torch.zeros_like(z), torch.zeros_like(motion)
 
     out, _ = solve(still, cfg, z, motion, [1.0, 0.7, 0.0], n, likeness=_likeness())

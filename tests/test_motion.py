@@ -13,6 +13,7 @@ from avatar_rt.models.motion import (
     group_motion,
     mirror_motion,
     motion_index,
+    rest_tokens,
     ungroup_motion,
 )
 
@@ -151,3 +152,16 @@ def test_training_step_and_export(tmp_path):
     state = load_file(tmp_path / "motion.safetensors")
     assert state["out.weight"].dtype == torch.bfloat16 and state["std"].dtype == torch.float32
     MotionEncoder(method.module.cfg).load_state_dict(state)
+
+
+def test_a_mouth_at_rest_is_the_mean_under_the_same_noise() -> None:
+    clean, noise, t = torch.randn(1, 3, 248), torch.randn(1, 3, 248), torch.tensor([[0.0, 0.4, 1.0]])
+    at = t[:, :, None]
+    rest = rest_tokens((1 - at) * clean + at * noise, clean, t).unflatten(2, (4, 62))
+    expected = clean.unflatten(2, (4, 62)).clone()
+    mouth = [i for i, name in enumerate(MOTION_NAMES) if name.startswith(("jaw", "mouth", "tongue"))]
+    assert len(mouth) == 28
+    expected[..., mouth] = 0
+    torch.testing.assert_close(rest, (1 - at[..., None]) * expected + at[..., None] * noise.unflatten(2, (4, 62)))
+    other = torch.randn(1, 3, 16)
+    torch.testing.assert_close(rest_tokens(0.6 * other, other, torch.full((1, 3), 0.4)), torch.zeros(1, 3, 16))

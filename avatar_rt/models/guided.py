@@ -27,7 +27,8 @@ References = tuple[Sequence[PackedReference] | tuple[Tensor, Tensor] | None, ...
 class Pass(NamedTuple):
     """One guidance pass: weights of its picture and motion velocity, and what it sees.
 
-    ``text`` [1, S, D]; ``audio`` [1, F, A] or None; ``reference``: whether it sees one; ``motion``: its motion tokens.
+    ``text`` [1, S, D]; ``audio`` [1, F, A] or None; ``reference``: whether it sees one; ``resting``:
+    whether its motion tokens are those of a mouth at rest.
     """
 
     weight: float
@@ -35,7 +36,7 @@ class Pass(NamedTuple):
     text: Tensor
     audio: Tensor | None
     reference: bool
-    motion: bool
+    resting: bool
 
 
 class PackedBlock(NamedTuple):
@@ -138,7 +139,7 @@ class GuidedChunk:
     ) -> None:
         self.guided, self.passes, self.frames = guided, passes, frames
         self.references, self.strength = references, strength
-        self.groups = sorted({p.motion for p in passes}, reverse=True)  # passes that share their modulation
+        self.groups = sorted({p.resting for p in passes})  # passes that share their modulation
         d = guided.dit
         self.anchor, self.beside = None, d._beside(anchor)
         if anchor is not None:
@@ -159,7 +160,7 @@ class GuidedChunk:
         times = self.frames + (self.anchor is not None)
         frame = torch.arange(self.frames).repeat_interleave(self.size)
         frame = torch.cat([frame, torch.full((self.rows - self.own,), self.frames)])
-        self._index = torch.cat([frame + times * self.groups.index(p.motion) for p in self.passes]).int()
+        self._index = torch.cat([frame + times * self.groups.index(p.resting) for p in self.passes]).int()
         middle = (frame > 0) & (frame < self.frames - 1)
         self._kind = torch.cat([2 * i + (middle & (p.audio is None)) for i, p in enumerate(self.passes)]).int()
         position = [g.dit._positions(grid, g.table.device, motion=bool(cfg.motion_dim))]
@@ -280,22 +281,26 @@ class GuidedChunk:
 
     # ---- a step --------------------------------------------------------------------------------------------------
 
-    def __call__(self, latents: Tensor, t: Tensor, motion: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self, latents: Tensor, t: Tensor, motion: Tensor | None, resting: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Guided velocities.
 
         Args:
             latents: [1, Cin, T, H, W] with their mask channels.
             t: [1, T] flow time of each latent frame.
-            motion: [1, T, M], or None without a motion stream.
+            motion: [1, T, M], or None without a motion stream; resting: the same with the mouth at rest.
 
         Returns: the passes' weighted sums of velocity [1, C, T, H, W] and of motion velocity [1, T, M], fp32.
         """
         with torch_alone() as threads:
-            return self._step(latents, t, motion, threads)
+            return self._step(latents, t, (motion, resting), threads)
 
-    def _step(self, latents: Tensor, t: Tensor, motion: Tensor | None, threads: int) -> tuple[Tensor, Tensor | None]:
+    def _step(
+        self, latents: Tensor, t: Tensor, motions: tuple[Tensor | None, Tensor | None], threads: int
+    ) -> tuple[Tensor, Tensor | None]:
         g = self.guided
-        rows, grid = g.dit._tokens(latents, motion, self.beside)
+        rows, grid = g.dit._tokens(latents, motions[0], self.beside)
         references = self.references()
         if self._seen is None or any(a is not b for a, b in zip(references, self._seen, strict=True)):
             self._record(grid, references)
@@ -303,20 +308,20 @@ class GuidedChunk:
         times = self.frames + (self.anchor is not None)
         at = torch.cat([t, t.new_zeros(1, 1)], 1) if self.anchor is not None else t
         embeddings = {}
-        for n, with_motion in enumerate(self.groups):
-            e, e6 = g.time(at, motion if with_motion or motion is None else torch.zeros_like(motion), self.frames)
-            embeddings[with_motion] = e[: self.frames]
+        for n, resting in enumerate(self.groups):
+            e, e6 = g.time(at, motions[resting], self.frames)
+            embeddings[resting] = e[: self.frames]
             torch.add(g.table[:, None], e6, out=self.modulation[:, n * times : (n + 1) * times])
         for p, given in enumerate(self.passes):
             self.x[p, : self.own] = rows[0]
-            if not given.motion and g.cfg.motion_dim:
-                own = self.x[p, : self.own].unflatten(0, (self.frames, self.size))
-                own[:, -1] = g.dit.motion_embedding.bias.float()
+            if given.resting and motions[1] is not None:
+                token = g.dit.motion_embedding(motions[1].to(g.dit.motion_embedding.weight.dtype))
+                self.x[p, : self.own].unflatten(0, (self.frames, self.size))[:, -1] = token[0].float()
             if self.anchor is not None:
                 self.x[p, self.own :] = self.anchor
         assert self._program is not None and framed.shape[1] == self.size
         self._program.run(threads)
-        return self._heads_of(latents, t, motion, embeddings)
+        return self._heads_of(latents, t, motions[0], embeddings)
 
     def _heads_of(
         self, latents: Tensor, t: Tensor, motion: Tensor | None, embeddings: dict[bool, Tensor]
@@ -339,14 +344,14 @@ class GuidedChunk:
         """x [P, T, S, C] -> [T, S, out]."""
         weight, bias, table, eps = self.guided.heads[which]
         total = None
-        for motion in self.groups:
-            mine = [p for p, given in enumerate(self.passes) if given.motion == motion and weights[p]]
+        for resting in self.groups:
+            mine = [p for p, given in enumerate(self.passes) if given.resting == resting and weights[p]]
             if not mine:
                 continue
             share = sum(weights[p] for p in mine)
             normed = F.layer_norm(x[mine], x.shape[-1:], eps=eps)
             mixed = torch.einsum("ptsc,p->tsc", normed, torch.tensor([weights[p] for p in mine]))
-            e = embeddings[motion][:, None]
+            e = embeddings[resting][:, None]
             part = torch.addcmul(share * (table[0] + e), mixed, 1 + table[1] + e)
             total = part if total is None else total + part
         assert total is not None

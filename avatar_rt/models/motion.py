@@ -65,6 +65,22 @@ def group_motion(motion: Tensor) -> Tensor:
     return torch.cat((first, motion), dim=1).reshape(b, -1, FRAMES_PER_LATENT * m)
 
 
+def rest_tokens(motion: Tensor, clean: Tensor, t: Tensor) -> Tensor:
+    """Noisy motion tokens [B, T, M] with the mouth at rest and nothing else changed.
+
+    Args:
+        motion: Normalised tokens at times ``t`` [B, T]; clean: what they are believed to be without noise.
+
+    Returns: ``motion`` with the jaw's, lips' and tongue's share of ``clean`` taken out, so that they are noised means;
+    in a motion space of another size, with all of it taken out.
+    """
+    mouth = torch.ones(motion.shape[-1], device=motion.device)
+    if motion.shape[-1] == FRAMES_PER_LATENT * len(MOTION_NAMES):
+        of_mouth = [float(name.startswith(("jaw", "mouth", "tongue"))) for name in MOTION_NAMES]
+        mouth = torch.tensor(of_mouth * FRAMES_PER_LATENT, device=motion.device)
+    return motion - (1 - t[:, :, None]) * clean * mouth
+
+
 def ungroup_motion(tokens: Tensor) -> Tensor:
     """Undo group_motion: [B, T, 4M] -> [B, 1 + 4 (T - 1), M]; frame 0 is the mean of its four copies."""
     b, t, c = tokens.shape

@@ -14,6 +14,7 @@ from avatar_rt import ops
 from avatar_rt.config import AvatarConfig, ChunkConfig, DiTConfig
 from avatar_rt.models.dit import VideoRefDiT, with_masks
 from avatar_rt.models.guided import GuidedDiT, Pass
+from avatar_rt.models.motion import rest_tokens
 from avatar_rt.pipeline.likeness import Likeness
 from avatar_rt.pipeline.reference import ReferenceCache
 from avatar_rt.pipeline.schedule import ChunkPlan, GuidancePass, Schedule, level
@@ -69,7 +70,7 @@ class Conditions:
     likeness: Likeness | None = None
 
 
-Velocity = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+Velocity = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
 def _rows(ref: tuple[Any, ...] | None) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def _guidance(
     passes = tuple(
         Pass(
             p.weight, p.motion_weight, given.text if p.text else given.empty_text, given.audio if p.audio else None,
-            p.reference, p.motion,
+            p.reference, p.resting,
         )
         for p in wanted
     )  # fmt: skip
@@ -104,14 +105,16 @@ def _guidance(
     if isinstance(dit, GuidedDiT):
         return dit.open(passes, anchor, frames, references, schedule.reference_strength)
 
-    def in_turn(latents: Tensor, t: Tensor, motion: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def in_turn(
+        latents: Tensor, t: Tensor, motion: Tensor | None, resting: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         v = torch.zeros((), device=latents.device)
-        absent = vm = None if motion is None else torch.zeros_like(motion)  # zeros are what training drops motion for
+        vm = None if motion is None else torch.zeros_like(motion)
         for p, ref in zip(passes, references(), strict=True):
             with stage("denoise.pass"):
                 dv, dm = dit(
                     latents, t, p.text, p.audio, anchor=anchor, anchor_t=t.new_zeros(1),
-                    motion=motion if p.motion else absent, **_rows(ref), strength=schedule.reference_strength,
+                    motion=resting if p.resting else motion, **_rows(ref), strength=schedule.reference_strength,
                 )  # fmt: skip
             v = v + p.weight * dv
             if vm is not None and p.motion_weight:
@@ -134,6 +137,7 @@ def solve(
     """Latents [1, C, T, h, w] and motion [1, T, M] from the first of ``times`` to the last by Euler steps, but for the
     ``n`` carried ones, which are clean. Some steps go through the guide where there is a ``likeness``. None
     when ``cancelled`` (asked before each step) answers True."""
+    believed, resting = motion, None  # clean motion; what is carried is clean, and at t = 1 the rest counts for nothing
     carried = torch.zeros(1, 1, z.shape[2], 1, 1, device=z.device)
     carried[:, :, :n] = 1
     for t, t_next in pairwise(times):
@@ -141,10 +145,14 @@ def solve(
             return None
         t_frames = torch.full((1, z.shape[2]), t, device=z.device)
         t_frames[:, :n] = 0
+        if motion is not None and believed is not None:
+            resting = rest_tokens(motion, believed, t_frames)
         with stage("denoise.step"):
-            v, vm = velocity(with_masks(z, cfg, 0, carried), t_frames, motion)
+            v, vm = velocity(with_masks(z, cfg, 0, carried), t_frames, motion, resting)
+        if motion is not None and vm is not None:
+            believed = motion - t_frames[:, :, None] * vm
         if likeness is not None and likeness.applies(t, t_next):
-            after = likeness.step(z, v, t, t_next, None if motion is None or vm is None else motion - t * vm)[:, :, n:]
+            after = likeness.step(z, v, t, t_next, believed)[:, :, n:]
         else:
             after = ops.flow_step(z[:, :, n:], v[:, :, n:], t, t_next)
         z = torch.cat([z[:, :, :n], after], dim=2)

@@ -20,7 +20,7 @@ def flow_times(steps: int, shift: float) -> list[float]:
 
 @dataclass(frozen=True)
 class GuidancePass:
-    """One pass of a step and its weight in the sum; which conditions it sees, and whether its motion is there.
+    """One pass of a step and its weight in the sum; which conditions it sees, and whether its mouth is at rest.
 
     ``motion_weight`` is its weight in the sum of motion velocities, 0 where it has no motion.
     """
@@ -29,7 +29,7 @@ class GuidancePass:
     reference: bool
     audio: bool
     text: bool
-    motion: bool = True
+    resting: bool = False
     motion_weight: float = 0.0
 
 
@@ -37,20 +37,22 @@ def guidance_passes(sampling: SamplingConfig, has_text: bool) -> tuple[GuidanceP
     """Nested guidance, reference then audio then text:
 
     v = v0 + w_r (v_r - v0) + w_a (v_ra - v_r) + w_t (v_rat - v_ra), collected by pass; passes of weight 0 are not run.
-    Inner guidance of the motion stream (arXiv 2502.02492) adds w_m (v_rat - v_rat without motion tokens) to the
-    picture's velocity; the motion's own stays as it is. Either sum of weights is 1. With a ``motion_audio_scale`` s the
-    motion's is v_r + s (v_rat - v_r): what brings the picture out drives the motion to a grimace.
+    Inner guidance of the motion stream adds w_m (v_rat - v_s) to the picture's velocity, s being silence: nothing heard,
+    the motion's mouth at rest. It goes away from motion that is not meant, as arXiv 2502.02492 goes away from none, and
+    needs no training for it; the motion's own velocity stays as it is. Either sum of weights is 1. With a
+    ``motion_audio_scale`` s the motion's is v_r + s (v_rat - v_r): what brings the picture out drives the motion to a
+    grimace.
     """
     r, a = sampling.reference_scale, sampling.audio_scale
     t = sampling.text_scale if has_text else a
     m, s = sampling.motion_scale, sampling.motion_audio_scale
     own = (1 - r, r - a, a - t, t) if s is None else (0.0, 1 - s, 0.0, s)
     passes = (
-        GuidancePass(1 - r, False, False, False, True, own[0]),
-        GuidancePass(r - a, True, False, False, True, own[1]),
-        GuidancePass(a - t, True, True, False, True, own[2]),
-        GuidancePass(t + m, True, True, has_text, True, own[3]),
-        GuidancePass(-m, True, True, has_text, False, 0.0),
+        GuidancePass(1 - r, False, False, False, False, own[0]),
+        GuidancePass(r - a, True, False, False, False, own[1]),
+        GuidancePass(a - t, True, True, False, False, own[2]),
+        GuidancePass(t + m, True, True, has_text, False, own[3]),
+        GuidancePass(-m, True, False, False, True, 0.0),
     )
     return tuple(p for p in passes if p.weight != 0 or p.motion_weight != 0)
 

@@ -60,7 +60,7 @@ def passes(sampling: SamplingConfig, sees: Sees) -> tuple[GuidancePass, ...]:
     sampling = dataclasses.replace(sampling, reference_scale=reference, audio_scale=audio)
     summed: dict[tuple[bool, bool, bool, bool], tuple[float, float]] = {}
     for p in guidance_passes(sampling, sees.caption):
-        key = (p.reference and sees.reference, p.audio and sees.audio, p.text and sees.caption, p.motion)
+        key = (p.reference and sees.reference, p.audio and sees.audio, p.text and sees.caption, p.resting)
         weight, motion_weight = summed.get(key, (0.0, 0.0))
         summed[key] = (weight + p.weight, motion_weight + p.motion_weight)
     return tuple(
