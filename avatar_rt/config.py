@@ -215,10 +215,10 @@ class SamplingConfig:
 
     ``carried_scale`` is the most that ``reference_scale`` may be in a chunk that continues another: its carried latents
     show the person already, and guidance towards the reference drives their colours further away chunk by chunk.
+    ``motion_scale`` leads the picture away from the same person silent (``pipeline.schedule.guidance_passes``).
     ``motion_audio_scale`` is the motion stream's own guidance towards the speech, and then its only one; None: it is
     guided as the picture is. Its first noise is multiplied with ``motion_temperature``: less than 1 draws likelier
-    motion. ``likeness`` are the flow times at which the estimate takes the reference's person
-    (``pipeline.likeness``).
+    motion. ``likeness`` are the flow times at which the estimate takes the reference's person (``pipeline.likeness``).
     """
 
     steps: int = 24

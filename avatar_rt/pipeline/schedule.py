@@ -37,9 +37,9 @@ def guidance_passes(sampling: SamplingConfig, has_text: bool) -> tuple[GuidanceP
     """Nested guidance, reference then audio then text:
 
     v = v0 + w_r (v_r - v0) + w_a (v_ra - v_r) + w_t (v_rat - v_ra), collected by pass; passes of weight 0 are not run.
-    Inner guidance of the motion stream adds w_m (v_rat - v_s) to the picture's velocity, s being silence: nothing heard,
-    the motion's mouth at rest. It goes away from motion that is not meant, as arXiv 2502.02492 goes away from none, and
-    needs no training for it; the motion's own velocity stays as it is. Either sum of weights is 1. With a
+    Inner guidance of the motion stream adds w_m (v_rat - v_s) to the picture's velocity, where s is silence: nothing is
+    heard, and the motion's mouth is at rest. arXiv 2502.02492 goes away from no motion at all, which a model must have
+    been trained with; from rest needs no training. The motion's own velocity stays. Either sum of weights is 1. With a
     ``motion_audio_scale`` s the motion's is v_r + s (v_rat - v_r): what brings the picture out drives the motion to a
     grimace.
     """
