@@ -65,6 +65,14 @@ def group_motion(motion: Tensor) -> Tensor:
     return torch.cat((first, motion), dim=1).reshape(b, -1, FRAMES_PER_LATENT * m)
 
 
+def mouth_channels(dim: int) -> Tensor:
+    """Which of ``dim`` values of a motion token are of the jaw, the lips or the tongue: bool [dim]. All of them in a
+    motion space of another size than this one's."""
+    if dim != FRAMES_PER_LATENT * len(MOTION_NAMES):
+        return torch.ones(dim, dtype=torch.bool)
+    return torch.tensor([name.startswith(("jaw", "mouth", "tongue")) for name in MOTION_NAMES] * FRAMES_PER_LATENT)
+
+
 def rest_tokens(motion: Tensor, clean: Tensor, t: Tensor) -> Tensor:
     """Noisy motion tokens [B, T, M] with the mouth at rest and nothing else changed.
 
@@ -74,10 +82,7 @@ def rest_tokens(motion: Tensor, clean: Tensor, t: Tensor) -> Tensor:
     Returns: ``motion`` with the jaw's, lips' and tongue's share of ``clean`` taken out, so that they are noised means;
     in a motion space of another size, with all of it taken out.
     """
-    mouth = torch.ones(motion.shape[-1], device=motion.device)
-    if motion.shape[-1] == FRAMES_PER_LATENT * len(MOTION_NAMES):
-        of_mouth = [float(name.startswith(("jaw", "mouth", "tongue"))) for name in MOTION_NAMES]
-        mouth = torch.tensor(of_mouth * FRAMES_PER_LATENT, device=motion.device)
+    mouth = mouth_channels(motion.shape[-1]).to(motion)
     return motion - (1 - t[:, :, None]) * clean * mouth
 
 

@@ -114,7 +114,8 @@ class PersonalityMethod(A2VMethod):
     def extras(
         self, step: int, b: Batch, z: Tensor, v: Tensor, t: Tensor, g: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        read, told = super().extras(step, b, z, v, t, g)
         if self.suite is None:
-            return super().extras(step, b, z, v, t, g)
+            return read, told
         total, parts = self.suite(step, b, z, v, t, g)
-        return total, {f"aux_{name}": part for name, part in parts.items()}
+        return read + total, told | {f"aux_{name}": part for name, part in parts.items()}

@@ -36,6 +36,9 @@ ADDITIONS = {
 }
 """What a stage may add to the transformer, and the names of its parameters."""
 
+AIDS = ("mouth_reader",)
+"""Parts of a stage's module that only help to train it: not exported, and not asked of earlier weights."""
+
 
 @dataclass(frozen=True)
 class FlowSettings:
@@ -280,6 +283,8 @@ class FlowMethod:
     def export(self, out: Path) -> None:
         """The parts in bf16, and ``config.json`` of the stage's model."""
         for name, part in self.module.items():
+            if name in AIDS:
+                continue
             save_weights(part, out / f"{name}.safetensors", dtype=torch.bfloat16)
         (out / "config.json").write_text(self.cfg.to_json())
 
@@ -288,7 +293,8 @@ class FlowMethod:
         silence(self.module["dit"])
 
     def adopt(self, state: dict[str, Tensor], source: str) -> list[str]:
-        """Begins from the weights of an earlier stage. What this stage adds stays as it was initialised.
+        """Begins from the weights of an earlier stage. What this stage adds stays as it was initialised, and so do
+        its own AIDS where the earlier stage had none.
 
         Args:
             state: By the names of ``module.state_dict()``.
@@ -297,10 +303,11 @@ class FlowMethod:
         Returns: the names that were not there.
         Raises: ArtifactError where something else is missing, of another shape, or unknown to this stage.
         """
-        own = self.module.state_dict()
+        own, aids = self.module.state_dict(), tuple(f"{name}." for name in AIDS)
+        state = {k: v for k, v in state.items() if k in own or not k.startswith(aids)}
         missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         new = [part for name in self.settings.adds for part in ADDITIONS[name]]
-        lost = [k for k in missing if not any(part in k for part in new)]
+        lost = [k for k in missing if not k.startswith(aids) and not any(part in k for part in new)]
         wrong = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
         for what, names in (("lacks", lost), ("has", unknown), ("has other shapes for", sorted(wrong))):
             if names:
