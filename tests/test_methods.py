@@ -16,10 +16,9 @@ from small_stages import CFG, SmallTable, build, networks, with_text_of_the_call
 from avatar_rt.config import AvatarConfig, preset
 from avatar_rt.errors import ArtifactError, InputError
 from avatar_rt.models.dit import VideoRefDiT
-from avatar_rt.models.motion import MOTION_NAMES
 from avatar_rt.models.weights import save_weights
 from training.methods import flow
-from training.methods.a2v import A2VMethod, A2VSettings, mouth_shares
+from training.methods.a2v import A2VMethod, A2VSettings
 from training.methods.flow import Bucket, draw_bucket, expected_tokens
 from training.methods.personality import PersonalityMethod, PersonalitySettings
 from training.methods.t2v import T2VMethod, T2VSettings
@@ -296,11 +295,6 @@ class Told:
         dit.forward, dit.encode_reference = spy, spy_encode  # type: ignore[method-assign]
 
 
-def _names(reader: Any) -> list[str]:
-    """What a reader reads of each of a latent's frames."""
-    return [(MOTION_NAMES * 4)[i] for i in reader.channels.tolist()]
-
-
 def _step(stage: str, bucket: Bucket = ONE[0], **settings: Any) -> tuple[Any, dict[str, Any], dict[str, Any], Told]:
     """Method, what it told the transformer, the losses, and the spy, of one step of a stage."""
     method_, settings_ = STAGES[stage]
@@ -332,38 +326,6 @@ def test_switches_of_conditions() -> None:
     for drop in (0.0, 1.0):
         _, _, _, told = _step("t2v", drop_text=drop)
         assert bool((told.texts[0] == 0).all()) == (drop == 1.0)
-
-
-def test_the_mouth_is_read_off_the_rows_of_its_place() -> None:
-    """In training alone, of the free latents alone, and from where the mask has the mouth."""
-    method, _, values, _ = _step("a2v", read_weight=0.5, next_rate=1.0, free_rate=0.0)
-    assert float(values["read"].detach()) > 0.5 and method.rows is None
-    plain = _step("a2v", next_rate=1.0, free_rate=0.0)[2]
-    torch.testing.assert_close(values["loss"], plain["loss"] + 0.5 * values["read"])
-    reader, (b, _) = method.module["mouth_reader"], method.batch(0, torch.Generator().manual_seed(3))
-    assert not any("tongue" not in n and not n.startswith(("jaw", "mouth")) for n in _names(reader))
-    share = mouth_shares(b.weight[:, 1], (2, 2))
-    torch.testing.assert_close(share.sum(1), torch.ones(len(share)))
-    rows = torch.randn(*b.motion.shape[:2], share.shape[1], CFG.dit.dim)
-    with torch.no_grad():
-        told, elsewhere = reader(rows, share), rows.clone()
-        elsewhere[:, :, share[0] < 1e-3] += 9
-        torch.testing.assert_close(reader(elsewhere, share), told, atol=1e-3, rtol=0)
-        whole = b.motion.clone()
-        whole[b.given] += 100  # what is carried over is not asked for
-        assert torch.equal(reader.loss(rows, share, whole, ~b.given), reader.loss(rows, share, b.motion, ~b.given))
-    with torch.no_grad():  # validation and sampling pay nothing for it
-        method.loss(b, torch.full((len(b.x),), 0.5), torch.Generator(), step=None)
-    assert method.rows is None
-
-
-def test_reading_the_mouth_reaches_the_speech_path() -> None:
-    """From the first step on: the zeroed projection of the speech's attention gets a gradient from it alone."""
-    method = build(A2VMethod, A2VSettings(buckets=ONE, drop_all=0.0, drop_audio=0.0, read_weight=1.0, next_rate=0.0))
-    method.step(0, torch.Generator().manual_seed(3))["read"].backward()
-    first = method.module["dit"].blocks[0].audio_attn.o.weight.grad
-    assert float(first.abs().max()) > 0
-    assert method.module["dit"].head.head.weight.grad is None
 
 
 def test_the_mouth_reader_stays_in_training(small: None, tmp_path: Path) -> None:
