@@ -363,10 +363,11 @@ class Plain:
             if motion is not None and vm is not None:
                 believed = motion - frames_t[:, :, None] * vm
             if likeness is not None and likeness.applies(t, t_next):
-                after = likeness.step(z, v, t, t_next, believed)
+                moved = None if believed is None else believed[:, n:]
+                after = likeness.step(z[:, :, n:], v[:, :, n:], t, t_next, moved)
             else:
-                after = z + (t_next - t) * v
-            z = torch.cat([z[:, :, :n], after[:, :, n:]], 2)
+                after = z[:, :, n:] + (t_next - t) * v[:, :, n:]
+            z = torch.cat([z[:, :, :n], after], 2)
             if motion is not None and vm is not None:
                 motion = torch.cat([motion[:, :n], motion[:, n:] + (t_next - t) * vm[:, n:]], 1)
         z, held = settle(z, n, ChunkState() if carried is None else carried, cfg.chunk, reference.scene.kept)

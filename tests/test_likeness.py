@@ -15,7 +15,7 @@ from avatar_rt.config import SamplingConfig
 from avatar_rt.errors import InputError
 from avatar_rt.models.motion import motion_index
 from avatar_rt.pipeline.denoise import solve
-from avatar_rt.pipeline.likeness import LATE, Likeness, guide_masks
+from avatar_rt.pipeline.likeness import LATE, Likeness, guide_masks, opening_of
 from avatar_rt.pipeline.reference import to_video
 from avatar_rt.prepared import Reference
 from avatar_rt.scene.image import blank_head
@@ -30,28 +30,59 @@ UPPER[..., 2:, :] = 0
 def _likeness(times: tuple[float, ...] = (0.8,), motion: bool = True) -> Likeness:
     g = torch.Generator().manual_seed(2)
     latents = torch.randn(1, 3, 5, 4, 4, generator=g)
-    return Likeness(times, latents, torch.randn(1, 5, 6, generator=g) if motion else None, MASK, UPPER)
+    opening = torch.randn(1, 3, 1, 4, 4, generator=g) * (1 - MASK)
+    told = torch.randn(1, 5, 6, generator=g) if motion else None
+    return Likeness(times, latents, told, MASK, UPPER, opening / opening.norm())
 
 
-def test_the_face_is_the_references_and_the_rest_is_an_euler_step() -> None:
+def _estimates(lent: Likeness, t_next: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Clean latents before and after the guide, in one step from 0.9, and the guide's."""
+    z, v = (torch.randn(1, 3, 2, 4, 4, generator=torch.Generator().manual_seed(s)) for s in (3, 4))
+    out = lent.step(z, v, 0.9, t_next, lent.motion[:, [4, 1]] + 0.01)
+    return z - 0.9 * v, (out - t_next * (z + 0.1 * v)) / (1 - t_next), lent.latents[:, :, [4, 1]]
+
+
+def test_the_face_is_the_references_and_the_rest_moves_as_the_models() -> None:
+    before, after, guide = _estimates(_likeness(), 0.7)
+    inside = MASK.bool().expand_as(guide)
+    assert torch.allclose(after[inside], guide[inside], atol=1e-5)
+    moves = [(x - x.mean(2, keepdim=True))[~inside] for x in (before, after)]
+    assert torch.allclose(*moves, atol=1e-5)
+
+
+def test_what_is_left_out_looks_like_the_guide_but_for_how_far_the_mouth_is_open() -> None:
     lent = _likeness()
-    z, v = torch.randn(1, 3, 2, 4, 4), torch.randn(1, 3, 2, 4, 4)
-    motion = lent.motion[:, [4, 1]] + 0.01
-    out = lent.step(z, v, 0.9, 0.7, motion)
-    clean = (out - 0.7 * (z + 0.1 * v)) / 0.3
-    inside = MASK.bool().expand_as(z)
-    assert torch.allclose(clean[inside], lent.latents[:, :, [4, 1]][inside], atol=1e-5)
-    assert torch.allclose(out[~inside], (z - 0.2 * v)[~inside], atol=1e-6)
+    before, after, guide = (x.mean(2, keepdim=True) for x in _estimates(lent, 0.7))
+    outside = ~MASK.bool()
+    missing = (guide - before) * outside
+    left = (guide - after) * outside
+    along = float((missing * lent.opening).sum())
+    assert abs(along) > 0.1 and torch.allclose(left, along * lent.opening, atol=1e-5)
+    known_nothing = dataclasses.replace(lent, opening=torch.zeros_like(lent.opening))
+    assert torch.allclose(_estimates(known_nothing, 0.7)[1].mean(2, keepdim=True), guide, atol=1e-5)
+
+
+def test_the_opening_is_what_a_jaw_changes_in_the_mouth() -> None:
+    g = torch.Generator().manual_seed(1)
+    jaw, change = torch.randn(6, generator=g), torch.randn(3, 4, 4, generator=g)
+    motion = torch.zeros(1, 6, 4 * 62)
+    motion[0, :, motion_index("jawOpen") :: 62] = jaw[:, None]
+    latents = (torch.randn(3, 1, 4, 4, generator=g) + jaw.view(1, 6, 1, 1) * change[:, None])[None]
+    found = opening_of(latents, motion, MASK)
+    wanted = change[None, :, None] * (1 - MASK)
+    assert torch.allclose(found, wanted / wanted.norm(), atol=1e-5)
+    assert not opening_of(latents, None, MASK).any() and not opening_of(latents, motion[..., :6], MASK).any()
+    assert not opening_of(latents, torch.zeros_like(motion), MASK).any()  # a jaw that never moves
 
 
 def test_late_steps_take_the_upper_part_alone() -> None:
-    lent = _likeness((LATE,))
-    z, v, motion = torch.randn(1, 3, 2, 4, 4), torch.randn(1, 3, 2, 4, 4), lent.motion[:, [2, 2]]
-    early, late = (lent.step(z, v, 0.7, t, motion) for t in (LATE, LATE - 0.05))
-    euler = z + (LATE - 0.05 - 0.7) * v
-    assert torch.allclose(late[..., 2:, :], euler[..., 2:, :], atol=1e-6)
-    assert not torch.allclose(late[..., 1, 1:3], euler[..., 1, 1:3], atol=1e-3)
-    assert not torch.allclose(early[..., 2, 1:3], (z + (LATE - 0.7) * v)[..., 2, 1:3], atol=1e-3)
+    lent = _likeness()
+    _, early, guide = _estimates(lent, LATE)
+    before, late, _ = _estimates(lent, LATE - 0.05)
+    assert torch.allclose(early[..., 1:3, 1:3], guide[..., 1:3, 1:3], atol=1e-5)
+    assert torch.allclose(late[..., 1, 1:3], guide[..., 1, 1:3], atol=1e-5)
+    moves = [(x - x.mean(2, keepdim=True))[..., 2, 1:3] for x in (before, late)]
+    assert torch.allclose(*moves, atol=1e-5)
 
 
 def test_the_jaw_counts_more_than_other_motion() -> None:

@@ -60,7 +60,8 @@ def recipe(name: str, steps: int, **changed: Any) -> Recipe:
         method = made.build(corpus)
         # The same kinds of buckets, of fewer people and of no more latents than the small clips hold.
         few = tuple(
-            replace(b, people=2, windows=min(b.windows, 2), frames=min(b.frames, 4)) for b in method.settings.buckets
+            replace(b, people=2, windows=min(b.windows, 2), frames=min(b.frames, 4), cut=min(b.cut, 2))
+            for b in method.settings.buckets
         )
         method.settings = replace(method.settings, buckets=few)
         return method

@@ -18,6 +18,10 @@ from avatar_rt.models.spread import Share, Span, Spread
 from avatar_rt.ops import PackedReference
 
 
+Cut = tuple[int, int, int, int]
+"""A rectangle of a frame's patches: its top and left, and the whole frame's height and width, in patches."""
+
+
 def _mlp(in_dim: int, dim: int, act: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_dim, dim), act, nn.Linear(dim, dim))
 
@@ -133,17 +137,20 @@ class VideoRefDiT(nn.Module):
         motion: bool,
         start: float = 0.0,
         scale: tuple[float, float] = (1.0, 1.0),
+        cut: Cut | None = None,
     ) -> Tensor:
-        """[T * S, 3] fp64 time, height, width; a motion token sits at the middle of its frame."""
+        """[T * S, 3] fp64 time, height, width; a motion token sits at the middle of its (whole) frame."""
         frames, height, width = grid
+        top, left, whole_height, whole_width = cut or (0, 0, height, width)
         stride = self.cfg.rope_spatial_stride
         t = start + torch.arange(frames, dtype=torch.float64, device=device)
-        h = torch.arange(height, dtype=torch.float64, device=device) * (stride * scale[0])
-        w = torch.arange(width, dtype=torch.float64, device=device) * (stride * scale[1])
+        h = torch.arange(top, top + height, dtype=torch.float64, device=device) * (stride * scale[0])
+        w = torch.arange(left, left + width, dtype=torch.float64, device=device) * (stride * scale[1])
         position = torch.stack(torch.meshgrid(t, h, w, indexing="ij"), dim=-1).flatten(1, 2)
         if motion:
-            middle = torch.stack([t, (h[-1] / 2).expand_as(t), (w[-1] / 2).expand_as(t)], dim=-1)
-            position = torch.cat([position, middle[:, None]], dim=1)
+            middle = ((n - 1) * (stride * s) / 2 for n, s in zip((whole_height, whole_width), scale, strict=True))
+            there = torch.stack([t, *(torch.full_like(t, m) for m in middle)], dim=-1)
+            position = torch.cat([position, there[:, None]], dim=1)
         return position.flatten(0, 1)
 
     def _rope(self, position: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,6 +272,7 @@ class VideoRefDiT(nn.Module):
         packed: Sequence[PackedReference] | None = None,
         strength: float = 1.0,
         spread: Spread | None = None,
+        cut: Cut | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """One pass over the generated side.
 
@@ -281,6 +289,8 @@ class VideoRefDiT(nn.Module):
             packed: The same rows, one ``ops.pack_reference`` per block; given instead of them.
             strength: Factor on the reference rows' attention weights, 1 as trained, 0 as without a reference.
             spread: Over which ranks to spread the rows; all call alike, with their own heads of the reference.
+            cut: Where ``latents`` and ``anchor`` lie in frames of which they are a part (arXiv 2304.12526); None: they
+                are the frames. Only training cuts.
 
         Returns: velocity [B, C, T, H, W] fp32, and motion velocity [B, T, M] fp32 or None.
         Raises: InputError on a shape above.
@@ -294,12 +304,12 @@ class VideoRefDiT(nn.Module):
             raise InputError(f"t: expected [{batch}] or [{batch}, {frames}], got {list(t.shape)}")
         span = Span(0, x.shape[1], frames, patches + has_motion)
         index = torch.arange(frames, device=x.device).repeat_interleave(span.size)
-        position = self._positions(grid, x.device, motion=has_motion)
+        position = self._positions(grid, x.device, motion=has_motion, cut=cut)
         if anchor is not None:
             if not cfg.anchor:
                 raise InputError("anchor: expected none, this model was built with cfg.anchor=False")
             a = self.patch_embedding(anchor.to(self.patch_embedding.weight.dtype)).float().flatten(2).transpose(1, 2)
-            where = self._positions((1, *grid[1:]), x.device, motion=False)
+            where = self._positions((1, *grid[1:]), x.device, motion=False, cut=cut)
             if anchor_rows is not None:
                 a, where = a[:, anchor_rows], where[anchor_rows]
             x = torch.cat([x, a], dim=1)

@@ -152,7 +152,8 @@ def solve(
         if motion is not None and vm is not None:
             believed = motion - t_frames[:, :, None] * vm
         if likeness is not None and likeness.applies(t, t_next):
-            after = likeness.step(z, v, t, t_next, believed)[:, :, n:]
+            moved = None if believed is None else believed[:, n:]
+            after = likeness.step(z[:, :, n:], v[:, :, n:], t, t_next, moved)
         else:
             after = ops.flow_step(z[:, :, n:], v[:, :, n:], t, t_next)
         z = torch.cat([z[:, :, :n], after], dim=2)

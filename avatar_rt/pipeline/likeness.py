@@ -4,7 +4,9 @@ At a few flow times, what the solver believes the clean video to be is replaced 
 scene, all but the mouth, and the steps that follow start from there: they bring in light, motion and speech (after
 arXiv 2108.01073, which starts from a noised guide, and arXiv 2108.02938, which replaces a part of the estimate on the
 way). Each generated latent takes the guide's latent whose motion is nearest to its own, the jaw's above all. The mouth
-is left out: it follows the speech. So is, at later times, all that is lower than the nose.
+is left out: it follows the speech. So is, at later times, all that is lower than the nose. What is left out takes the
+guide's looks all the same, lips' colour and beards: its mean over the chunk becomes the guide's, but for how far the
+mouth is open.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ class Likeness:
         times: Flow times; the step that reaches or crosses one goes through the guide.
         latents: [1, C, R, h, w] of the guide; motion: [1, R, M] of it, or None without a motion stream.
         mask: [1, 1, 1, h, w], 1 where the estimate is the guide's; late: the same for steps that end below LATE.
+        opening: [1, C, 1, h, w] of norm 1, what an opening jaw changes in the guide's mouth; zeros where that is not known.
     """
 
     times: tuple[float, ...]
@@ -38,16 +41,23 @@ class Likeness:
     motion: Tensor | None
     mask: Tensor
     late: Tensor
+    opening: Tensor
 
     def applies(self, t: float, t_next: float) -> bool:
         return any(t > at >= t_next for at in self.times)
 
     def step(self, z: Tensor, v: Tensor, t: float, t_next: float, motion: Tensor | None) -> Tensor:
         """The Euler step of z [1, C, T, h, w] by its velocity from ``t`` to ``t_next``, through the guided estimate;
-        ``motion`` [1, T, M] is the estimate of its clean motion."""
+        ``motion`` [1, T, M] is the estimate of its clean motion. No latent of them is a carried one."""
         clean, noise = z - t * v, z + (1 - t) * v
         mask = self.late if t_next < LATE else self.mask
-        return torch.lerp(torch.lerp(clean, self.nearest(clean, motion), mask), noise, t_next)
+        guide = self.nearest(clean, motion)
+        return torch.lerp(torch.lerp(clean + self.looks(clean, guide), guide, mask), noise, t_next)
+
+    def looks(self, clean: Tensor, guide: Tensor) -> Tensor:
+        """What the estimate's mean over time lacks of the guide's [1, C, 1, h, w], but for how far the mouth is open."""
+        lacking = (guide - clean).mean(2, keepdim=True)
+        return lacking - (lacking * self.opening).sum() * self.opening
 
     def nearest(self, clean: Tensor, motion: Tensor | None) -> Tensor:
         """The guide's latents [1, C, T, h, w] that are nearest: in motion, or to the estimate without such a stream."""
@@ -66,6 +76,19 @@ def _weighed(tokens: Tensor) -> Tensor:
     scale = torch.ones(len(MOTION_NAMES), device=tokens.device)
     scale[motion_index("jawOpen")] = (1 + JAW) ** 0.5
     return tokens.float() * scale.repeat(FRAMES_PER_LATENT)
+
+
+def opening_of(latents: Tensor, motion: Tensor | None, mask: Tensor) -> Tensor:
+    """``opening`` of Likeness, from the guide's latents [1, C, R, h, w], their motion [1, R, M] and ``mask``: the
+    latents' regression on the jaw, mean over a latent's frames, where the mask leaves the mouth out."""
+    none = torch.zeros_like(latents[:, :, :1])
+    if motion is None or motion.shape[2] != FRAMES_PER_LATENT * len(MOTION_NAMES):
+        return none
+    jaw = motion[0].unflatten(1, (FRAMES_PER_LATENT, -1))[..., motion_index("jawOpen")].mean(1)
+    apart = latents - latents.mean(2, keepdim=True)
+    along = torch.einsum("r,bcrhw->bchw", (jaw - jaw.mean()).to(latents), apart)[:, :, None] * (1 - mask)
+    size = along.norm()
+    return along / size if size > 0 else none
 
 
 def guide_masks(height: int, width: int) -> tuple[Tensor, Tensor]:

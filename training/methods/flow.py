@@ -103,6 +103,8 @@ class Bucket:
             ``tiny``'s size, four latents of reference, 32 windows of one latent take half the time with 8 people that
             they do with 32.
         down: Latents are averaged over squares of this side: 2 is half the resolution.
+        cut: Side of a square around the mouth that is all of the frames that is trained on, in latents; 0 is all of
+            them. A mouth for a quarter of the rows (patch diffusion, arXiv 2304.12526).
         first, last: Share of the steps at the run's start and at its end; between them it changes linearly.
     """
 
@@ -110,12 +112,14 @@ class Bucket:
     people: int
     windows: int = 1
     down: int = 1
+    cut: int = 0
     first: float = 1.0
     last: float = 1.0
 
     def tokens(self, cfg: AvatarConfig) -> int:
         """Tokens of one window's latents."""
-        return self.frames * cfg.tokens_per_frame // self.down**2
+        per_frame = self.cut**2 // (cfg.dit.patch[1] * cfg.dit.patch[2]) if self.cut else cfg.tokens_per_frame
+        return self.frames * per_frame // self.down**2
 
 
 def draw_bucket(buckets: tuple[Bucket, ...], done: float, generator: torch.Generator) -> Bucket:

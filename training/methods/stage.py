@@ -198,7 +198,7 @@ class FlowMethod:
         told, motion_target = self.conditions(b, t_frames, keep, g)
         carried = b.given[:, None, :, None, None].float()
         rows = with_masks(z, self.cfg.dit, 0, carried)
-        v, vm = self.module["dit"](rows, t_frames, text, spread=self.spread, **told)
+        v, vm = self.module["dit"](rows, t_frames, text, spread=self.spread, cut=b.cut, **told)
         target, free = flow.velocity(b.x, noise), ~b.given
         region = flow.region_map(b.weight, s.face_weight, s.mouth_weight)
         error = flow.mean_of(flow.flow_errors(v, target, region), free)

@@ -22,10 +22,10 @@ class T2VSettings(FlowSettings):
     """``p_i2v``: share of the windows of more than one latent whose first is given."""
 
     buckets: tuple[Bucket, ...] = (
-        Bucket(1, people=64, windows=2, down=2, first=0.5, last=0.1),
-        Bucket(1, people=32, first=0.3, last=0.1),
-        Bucket(3, people=10, first=0.15, last=0.3),
-        Bucket(8, people=4, first=0.05, last=0.5),
+        Bucket(1, people=64, windows=2, down=2, first=0.2, last=0.0),
+        Bucket(1, people=32, first=0.6, last=0.1),
+        Bucket(3, people=10, first=0.15, last=0.2),
+        Bucket(8, people=4, first=0.05, last=0.7),
     )
     p_i2v: float = 0.4
 

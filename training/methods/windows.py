@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from avatar_rt.config import AvatarConfig
-from avatar_rt.models.dit import with_masks
+from avatar_rt.errors import InputError
+from avatar_rt.models.dit import Cut, with_masks
 from avatar_rt.models.motion import MotionEncoder
 from avatar_rt.models.weights import load_weights
 from training.data.table import Table
@@ -34,6 +35,7 @@ class Batch:
         clip, start: int64 [B], the row of the table and its first latent.
         ref: int64 [P], the row of the table that the reference is taken from.
         ref_latents, ref_audio, ref_motion, ref_weight: [P, Cin, R, h, w], [P, 4R, A], [P, R, M], [P, 2, h, w] of it.
+        cut: Where ``x``, ``anchor`` and ``weight`` lie in whole frames, as ``VideoRefDiT`` takes it; None: they are whole.
     """
 
     x: Tensor
@@ -49,6 +51,7 @@ class Batch:
     ref_audio: Tensor
     ref_motion: Tensor
     ref_weight: Tensor
+    cut: Cut | None = None
 
     @property
     def windows(self) -> int:
@@ -56,7 +59,8 @@ class Batch:
         return len(self.x) // len(self.ref)
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(**{f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)})
+        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "cut"}
+        return Batch(**{name: tensor.to(device) for name, tensor in tensors.items()}, cut=self.cut)
 
     def rolled(self, *names: str) -> Batch:
         """The same batch with some conditions given to the wrong window."""
@@ -111,7 +115,28 @@ class Drawer:
             with_masks(scene[:, :, None], self.cfg.dit, keep[:, None, None], 0), table.weight[clip], clip, start,
             *self._reference(who, start[:: bucket.windows], frames, g, g if alike is None else alike),
         )  # fmt: skip
+        if bucket.cut:
+            batch = self.around_the_mouth(batch, bucket.cut, g if alike is None else alike)
         return self.smaller(batch, bucket.down) if bucket.down > 1 else batch
+
+    def around_the_mouth(self, batch: Batch, side: int, g: torch.Generator) -> Batch:
+        """The same windows, of whose frames nothing is left but a square of ``side`` latents with the mouth in it, at
+        one of nine places that the whole batch has in common. The reference stays whole."""
+        (height, width), (_, p, q) = batch.x.shape[-2:], self.cfg.dit.patch
+        if side % p or side % q or side > min(height, width):
+            raise InputError(f"cut: expected a multiple of {max(p, q)} up to {min(height, width)}, got {side}")
+        mean = batch.weight[:, 1].mean(0)
+        middle = [
+            float((mean.sum(axis) * (torch.arange(n) + 0.5)).sum() / mean.sum().clamp(min=1e-6))
+            for axis, n in ((1, height), (0, width))
+        ]
+        moved = (torch.randint(-1, 2, (2,), generator=g)).tolist()
+        top, left = (
+            min(max(round((m - side / 2) / step) + d, 0), (n - side) // step) * step
+            for m, d, n, step in zip(middle, moved, (height, width), (p, q), strict=True)
+        )
+        parts = {n: getattr(batch, n)[..., top : top + side, left : left + side] for n in ("x", "anchor", "weight")}
+        return dataclasses.replace(batch, **parts, cut=(top // p, left // q, height // p, width // q))
 
     def _reference(
         self, who: Tensor, start: Tensor, frames: int, g: torch.Generator, alike: torch.Generator
@@ -140,7 +165,11 @@ class Drawer:
         far = (where < batch.start[:, None] - gap) | (where >= batch.start[:, None] + frames + gap)
         chosen = (torch.rand(len(batch.clip), generator=g) < share) & far.any(1) & ~batch.given[:, 0]
         at = where[torch.multinomial(far.double() + 1e-12, 1, generator=g)[:, 0]]
-        picture = with_masks(self.table.latents[batch.clip, at].float()[:, :, None], self.cfg.dit, 1, 0)
+        shown = self.table.latents[batch.clip, at].float()
+        if batch.cut is not None:
+            top, left = batch.cut[0] * self.cfg.dit.patch[1], batch.cut[1] * self.cfg.dit.patch[2]
+            shown = shown[..., top : top + batch.x.shape[-2], left : left + batch.x.shape[-1]]
+        picture = with_masks(shown[:, :, None], self.cfg.dit, 1, 0)
         mask = chosen.view(-1, 1, 1, 1, 1)
         return dataclasses.replace(batch, anchor=torch.where(mask, picture, batch.anchor))
 

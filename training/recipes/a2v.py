@@ -12,12 +12,12 @@ from training.recipes.t2v import OVERFIT, make, make_large
 STEPS = 1500
 TINY = A2VSettings(
     buckets=(
-        Bucket(1, people=8, windows=4, first=0.7, last=0.3), Bucket(3, people=8, windows=2, first=0.2, last=0.3),
-        Bucket(8, people=6, first=0.1, last=0.4),
+        Bucket(1, people=96, cut=8, first=0.8, last=0.2), Bucket(1, people=32, first=0.1, last=0.1),
+        Bucket(3, people=16, first=0.05, last=0.4), Bucket(8, people=6, first=0.05, last=0.3),
     ),
-    token_shift=False, time_mean=0.4, mouth_weight=15.0, read_weight=0.3,
+    token_shift=False, time_mean=0.4, mouth_weight=15.0, read_weight=1.0,
 )  # fmt: skip
-"""Single latents at first, more noise, the mouth above all: a small model with little time hears so."""
+"""Mouths at first, whole chunks last, more noise, the mouth above all: a small model with little time hears so."""
 
 
 def a2v() -> Recipe:
