@@ -3,8 +3,9 @@
 Every leg is one run of ``python -m training.train`` (in a process of its own, resumed where it was cut off), then the
 procedural cases generated with its weights, then ``bench.quality`` over them. What is done is kept in ``OUT/LEG`` and
 not done again, so the command may be stopped at any moment and given again; ``--legs`` takes some of them,
-``--measure`` trains nothing. The last line printed is one JSON document; with ``--write`` it becomes
-``bench/results/curriculum.json`` and ``docs/curriculum.md``. Give a folder of its own to other step counts.
+``--measure`` trains nothing. The legs ``tiny`` and ``tiny.no_reference`` are the shipped weights, which are not trained
+here. The last line printed is one JSON document; with ``--write`` it becomes ``bench/results/curriculum.json`` and
+``docs/curriculum.md``. Give a folder of its own to other step counts.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from avatar_rt.engine import AvatarEngine
 from avatar_rt.errors import AvatarError, InputError
 from avatar_rt.media.reader import read_video
 from avatar_rt.models.motion import motion_index
-from avatar_rt.runtime.manifest import write_manifest
+from avatar_rt.runtime.manifest import open_bundle, shipped_bundle, write_manifest
 from bench.curriculum_page import PAGE, page
 from bench.quality.cases import CASES, REFERENCE_SECONDS, Source, procedural
 from bench.quality.context import Context
@@ -46,12 +47,16 @@ STEPS = {"t2v": 2000, "a2v": 1500, "personality": 3000}
 
 @dataclass(frozen=True)
 class Leg:
-    """One run: a recipe, the leg whose weights it begins with, the stage it belongs to, what its model sees."""
+    """One run: a recipe, the leg whose weights it begins with, the stage it belongs to, what its model sees.
+
+    ``shipped``: no run, but the weights of the package, which stage 3 trained with all conditions at once.
+    """
 
     recipe: str
     stage: str
     after: str | None
     sees: Sees
+    shipped: bool = False
 
     @property
     def name(self) -> str:
@@ -72,8 +77,10 @@ LEGS = (
     Leg("personality.no_motion", "personality", "a2v", Sees()),
     Leg("personality.no_auxiliary", "personality", "a2v", Sees()),
     Leg("personality.same_scene", "personality", "a2v", Sees()),
+    Leg("tiny", "personality", None, Sees(), shipped=True),
+    Leg("tiny.no_reference", "personality", None, Sees(reference=False), shipped=True),
 )
-SWEPT = ("personality",)
+SWEPT = ("personality", "tiny")
 """Legs that are also measured with references of 1, 2, 4 and 8 seconds."""
 
 PARTS = ("vae", "speech", "motion")  # of the corpus; the transformer and its text come from the leg
@@ -137,15 +144,15 @@ def read_metrics(path: Path) -> dict[str, Any]:
     return {"tokens": round(tokens), "validation": validation}
 
 
-def make_bundle(folder: Path, corpus: Path, *, seconds: float | None = None) -> Path:
+def make_bundle(leg: Leg, folder: Path, corpus: Path, *, seconds: float | None = None) -> Path:
     """A leg's weights and the corpus' encoders as a bundle; ``seconds``: that takes references as long as this."""
-    bundle = folder / ("bundle" if seconds is None else "bundle-long")
-    bundle.mkdir(exist_ok=True)
-    config = AvatarConfig.from_json((folder / "config.json").read_text())
+    bundle, own = folder / ("bundle" if seconds is None else "bundle-long"), shipped_bundle() if leg.shipped else folder
+    bundle.mkdir(parents=True, exist_ok=True)
+    config = AvatarConfig.from_json((own / "config.json").read_text())
     if seconds is not None:
         config = dataclasses.replace(config, reference_latents=latents_of_frames(round(seconds * FPS)))
     (bundle / "config.json").write_text(config.to_json())
-    for source, names in ((corpus / "weights", PARTS), (folder, ("dit", "text"))):
+    for source, names in ((own if leg.shipped else corpus / "weights", PARTS), (own, ("dit", "text"))):
         for name in names:
             if (source / f"{name}.safetensors").is_file():
                 shutil.copy(source / f"{name}.safetensors", bundle)
@@ -221,14 +228,17 @@ def run_all(a: argparse.Namespace, run: Callable[[list[str]], None] = train) -> 
     found: dict[str, Any] = {}
     for leg in chosen(a.legs):
         folder = a.out / leg.name
-        if not a.measure:
+        if leg.shipped:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "leg.json").write_text(json.dumps({"weights": open_bundle(shipped_bundle()).weights_hash}) + "\n")
+        elif not a.measure:
             run_leg(leg, a.corpus, a.out, steps_of(leg, asked, a.out), run)
         elif not (folder / "leg.json").is_file():
             raise InputError(f"{leg.name}: expected it to be trained, {folder} has no leg.json")
         sources = [Source(p) for p in procedural(a.cases)][: a.count]
         entry = {**json.loads((folder / "leg.json").read_text()), "stage": leg.stage}
         if a.count != 0:
-            bundle = make_bundle(folder, a.corpus)
+            bundle = make_bundle(leg, folder, a.corpus)
             make_videos(leg, bundle, folder / "videos", sources, a.solver_steps)
             entry["quality"] = measure(folder / "videos", bundle, sources, a.workers)
             if leg.name in SWEPT:
@@ -242,7 +252,7 @@ def run_all(a: argparse.Namespace, run: Callable[[list[str]], None] = train) -> 
 
 def sweep(leg: Leg, folder: Path, a: argparse.Namespace) -> dict[str, Any]:
     """The same leg with references of 1 to 8 seconds."""
-    bundle, out = make_bundle(folder, a.corpus, seconds=max(REFERENCE_SECONDS)), {}
+    bundle, out = make_bundle(leg, folder, a.corpus, seconds=max(REFERENCE_SECONDS)), {}
     for seconds in REFERENCE_SECONDS:
         sources = [Source(p, seconds=seconds) for p in procedural(a.cases)][: a.count]
         videos = folder / f"videos-{seconds}s"

@@ -24,6 +24,7 @@ Which degraded system must score worse than the true video (``REACTS``)::
     style_blinks       -        -       -         -         -      too few blinks in a few seconds to promise an order
     style_distance     yes      yes     -         -         -
     style_top1         -        -       -         -         -      0 or 1 a case: needs more cases than 36 for an order
+    style_auc          -        -       -         -         -      of one case, a rank: 0.5 by chance
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ MEASURES = (
     Measure("style_blink_intervals", "seconds between blinks, distance to the reference", "s", "lower", "style"),
     Measure("style_distance", "style, mean distance to the reference", "strangers", "lower", "style"),
     Measure("style_top1", "style retrieves its own reference", "", "higher", "style"),
+    Measure("style_auc", "others' references further in style than its own, share", "", "higher", "style"),
 )
 _WITH_MOUTH = ("style_mouth", "style_mouth_speed", "style_distance")
 _HEAD = ("style_yaw_speed", "style_pitch_speed", "style_roll_speed", "style_nods")
@@ -195,7 +197,8 @@ def prepare(case: Case, faces: Faces, context: Context) -> dict[str, np.ndarray]
 def measure(case: Case, video: Clip, faces: Faces, context: Context) -> dict[str, float]:
     """MEASURES of a video against the case's reference; NaN where either shows too little of a face, or is too short.
 
-    ``style_top1`` is 1 where the video's style is nearer to its own reference than to every other person's, else 0.
+    ``style_top1`` is 1 where the video's style is nearer to its own reference than to every other person's, else 0;
+    ``style_auc`` is the share of the others that are further away, ties as half: its mean is ``retrieval``'s.
     """
     out, own = {m.key: float("nan") for m in MEASURES}, context.facts(case, "style")
     if len(video.frames) < MIN_FRAMES or not readable(faces) or not own:
@@ -206,6 +209,7 @@ def measure(case: Case, video: Clip, faces: Faces, context: Context) -> dict[str
     if others:
         away = [np.linalg.norm((style_vector(motion) - v) * WEIGHTS) for v in (own["vector"], *others)]
         out["style_top1"] = float(away[0] < min(away[1:]))
+        out["style_auc"] = float(np.mean([(d > away[0]) + 0.5 * (d == away[0]) for d in away[1:]]))
     return out
 
 
