@@ -1,4 +1,4 @@
-"""Windows cut around the mouth: what is left of each part of a batch, where the transformer takes it to be, bad sizes."""
+"""Windows cut around the mouth: what is left of each part of a batch, where it is taken to be, bad sizes."""
 
 from __future__ import annotations
 
@@ -26,13 +26,17 @@ def _table(cfg: AvatarConfig = LARGE) -> SmallTable:
     return table
 
 
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def _drawn(seed: int, kind: str = "free", cut: int = 4) -> tuple[Any, Any, SmallTable]:
     """A batch cut around the mouth, the same one whole, and the table."""
     table, bucket = _table(), Bucket(2, people=4)
     whole, part = (
-        Drawer(table, LARGE)(table.train, torch.Generator().manual_seed(seed), b, kind, torch.Generator().manual_seed(1))
+        Drawer(table, LARGE)(table.train, _generator(seed), b, kind, _generator(1))
         for b in (bucket, replace(bucket, cut=cut))
-    )  # fmt: skip
+    )
     return part, whole, table
 
 

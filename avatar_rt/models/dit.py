@@ -17,7 +17,6 @@ from avatar_rt.models.layers import Block, Head, linear_fp32, rope_table, timest
 from avatar_rt.models.spread import Share, Span, Spread
 from avatar_rt.ops import PackedReference
 
-
 Cut = tuple[int, int, int, int]
 """A rectangle of a frame's patches: its top and left, and the whole frame's height and width, in patches."""
 

@@ -33,7 +33,7 @@ class Likeness:
         times: Flow times; the step that reaches or crosses one goes through the guide.
         latents: [1, C, R, h, w] of the guide; motion: [1, R, M] of it, or None without a motion stream.
         mask: [1, 1, 1, h, w], 1 where the estimate is the guide's; late: the same for steps that end below LATE.
-        opening: [1, C, 1, h, w] of norm 1, what an opening jaw changes in the guide's mouth; zeros where that is not known.
+        opening: [1, C, 1, h, w] of norm 1, what an opening jaw changes in the guide's mouth; zeros where nobody knows.
     """
 
     times: tuple[float, ...]
@@ -55,7 +55,7 @@ class Likeness:
         return torch.lerp(torch.lerp(clean + self.looks(clean, guide), guide, mask), noise, t_next)
 
     def looks(self, clean: Tensor, guide: Tensor) -> Tensor:
-        """What the estimate's mean over time lacks of the guide's [1, C, 1, h, w], but for how far the mouth is open."""
+        """What the estimate's mean over time lacks of the guide's [1, C, 1, h, w], but for the mouth's opening."""
         lacking = (guide - clean).mean(2, keepdim=True)
         return lacking - (lacking * self.opening).sum() * self.opening
 

@@ -35,7 +35,7 @@ class Batch:
         clip, start: int64 [B], the row of the table and its first latent.
         ref: int64 [P], the row of the table that the reference is taken from.
         ref_latents, ref_audio, ref_motion, ref_weight: [P, Cin, R, h, w], [P, 4R, A], [P, R, M], [P, 2, h, w] of it.
-        cut: Where ``x``, ``anchor`` and ``weight`` lie in whole frames, as ``VideoRefDiT`` takes it; None: they are whole.
+        cut: Where ``x``, ``anchor`` and ``weight`` lie in the frames, as ``VideoRefDiT`` takes it; None: all of them.
     """
 
     x: Tensor
