@@ -32,7 +32,7 @@ from avatar_rt.models.vae import VideoVAE
 from avatar_rt.models.weights import load_weights
 from avatar_rt.ops.schedule import set_cpu_schedule, set_gpu_tiles
 from avatar_rt.pipeline.denoise import Scene
-from avatar_rt.pipeline.likeness import Likeness, guide_masks, opening_of
+from avatar_rt.pipeline.likeness import Likeness, guide_masks, moves_of
 from avatar_rt.pipeline.reference import encode_reference, offload_cache, read_reference, to_video
 from avatar_rt.prepared import SUFFIX, Reference
 from avatar_rt.runtime.graph import Graphed
@@ -243,8 +243,7 @@ class AvatarEngine:
             video = to_video(place_person(frames, mattes, picture)).to(self.device)
             latents = self.vae.normalize(self.vae.encode(video)[0].float())[:, :, 1:]
         mask, late = (mask.to(latents) for mask in guide_masks(*cfg.latent_size))
-        opening = opening_of(latents, context.motion, mask)
-        return Likeness(tuple(times), latents, context.motion, mask, late, opening)
+        return Likeness(tuple(times), latents, context.motion, mask, late, moves_of(latents, mask))
 
     # ---- generation ------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from avatar_rt.config import SamplingConfig
 from avatar_rt.errors import InputError
 from avatar_rt.models.motion import motion_index
 from avatar_rt.pipeline.denoise import solve
-from avatar_rt.pipeline.likeness import LATE, Likeness, guide_masks, opening_of
+from avatar_rt.pipeline.likeness import LATE, MOVES, Likeness, guide_masks, moves_of
 from avatar_rt.pipeline.reference import to_video
 from avatar_rt.prepared import Reference
 from avatar_rt.scene.image import blank_head
@@ -30,9 +30,8 @@ UPPER[..., 2:, :] = 0
 def _likeness(times: tuple[float, ...] = (0.8,), motion: bool = True) -> Likeness:
     g = torch.Generator().manual_seed(2)
     latents = torch.randn(1, 3, 5, 4, 4, generator=g)
-    opening = torch.randn(1, 3, 1, 4, 4, generator=g) * (1 - MASK)
     told = torch.randn(1, 5, 6, generator=g) if motion else None
-    return Likeness(times, latents, told, MASK, UPPER, opening / opening.norm())
+    return Likeness(times, latents, told, MASK, UPPER, moves_of(latents, MASK)[:2])
 
 
 def _estimates(lent: Likeness, t_next: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -50,29 +49,28 @@ def test_the_face_is_the_references_and_the_rest_moves_as_the_models() -> None:
     assert torch.allclose(*moves, atol=1e-5)
 
 
-def test_what_is_left_out_looks_like_the_guide_but_for_how_far_the_mouth_is_open() -> None:
+def test_what_is_left_out_looks_like_the_guide_but_for_how_its_mouth_moves() -> None:
     lent = _likeness()
     before, after, guide = (x.mean(2, keepdim=True) for x in _estimates(lent, 0.7))
     outside = ~MASK.bool()
     missing = (guide - before) * outside
     left = (guide - after) * outside
-    along = float((missing * lent.opening).sum())
-    assert abs(along) > 0.1 and torch.allclose(left, along * lent.opening, atol=1e-5)
-    known_nothing = dataclasses.replace(lent, opening=torch.zeros_like(lent.opening))
-    assert torch.allclose(_estimates(known_nothing, 0.7)[1].mean(2, keepdim=True), guide, atol=1e-5)
+    along = lent.moves @ missing.flatten()
+    assert float(along.norm()) > 0.1 and torch.allclose(left.flatten(), lent.moves.T @ along, atol=1e-5)
+    unmoved = dataclasses.replace(lent, moves=lent.moves[:0])
+    assert torch.allclose(_estimates(unmoved, 0.7)[1].mean(2, keepdim=True), guide, atol=1e-5)
 
 
-def test_the_opening_is_what_a_jaw_changes_in_the_mouth() -> None:
+def test_moves_are_what_changes_in_the_mouth_and_nowhere_else() -> None:
     g = torch.Generator().manual_seed(1)
-    jaw, change = torch.randn(6, generator=g), torch.randn(3, 4, 4, generator=g)
-    motion = torch.zeros(1, 6, 4 * 62)
-    motion[0, :, motion_index("jawOpen") :: 62] = jaw[:, None]
-    latents = (torch.randn(3, 1, 4, 4, generator=g) + jaw.view(1, 6, 1, 1) * change[:, None])[None]
-    found = opening_of(latents, motion, MASK)
-    wanted = change[None, :, None] * (1 - MASK)
-    assert torch.allclose(found, wanted / wanted.norm(), atol=1e-5)
-    assert not opening_of(latents, None, MASK).any() and not opening_of(latents, motion[..., :6], MASK).any()
-    assert not opening_of(latents, torch.zeros_like(motion), MASK).any()  # a jaw that never moves
+    still, change = torch.randn(3, 1, 4, 4, generator=g), torch.randn(3, 1, 4, 4, generator=g)
+    latents = (still + torch.randn(6, generator=g).view(1, 6, 1, 1) * change)[None]
+    (found,) = moves_of(latents, MASK)
+    wanted = (change[None] * (1 - MASK)).flatten()
+    assert torch.allclose(found * torch.dot(found, wanted).sign(), wanted / wanted.norm(), atol=1e-4)
+    assert len(moves_of(still[None], MASK)) == len(moves_of(still[None].expand(-1, -1, 5, -1, -1), MASK)) == 0
+    many = moves_of(torch.randn(1, 3, 9, 4, 4, generator=g), MASK)
+    assert len(many) == MOVES and torch.allclose(many @ many.T, torch.eye(MOVES), atol=1e-4)
 
 
 def test_late_steps_take_the_upper_part_alone() -> None:

@@ -5,8 +5,8 @@ scene, all but the mouth, and the steps that follow start from there: they bring
 arXiv 2108.01073, which starts from a noised guide, and arXiv 2108.02938, which replaces a part of the estimate on the
 way). Each generated latent takes the guide's latent whose motion is nearest to its own, the jaw's above all. The mouth
 is left out: it follows the speech. So is, at later times, all that is lower than the nose. What is left out takes the
-guide's looks all the same, lips' colour and beards: its mean over the chunk becomes the guide's, but for how far the
-mouth is open.
+guide's looks all the same, lips' colour and beards: its mean over the chunk becomes the guide's, but for what changes
+in the guide's mouth while it talks.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ _SOFT = 0.667  # of the ellipse's squared radius: its edge
 LATE = 0.6  # the flow time below which only the upper part is the guide's
 UPPER = 0.54  # of a face-centred crop's height: where the upper part ends
 _EDGE = 0.06  # of the height
+MOVES = 4  # of the guide's mouth that its looks are not
 JAW = 6.0  # the squared difference in how far the jaw is open counts so many times more
 
 
@@ -33,7 +34,7 @@ class Likeness:
         times: Flow times; the step that reaches or crosses one goes through the guide.
         latents: [1, C, R, h, w] of the guide; motion: [1, R, M] of it, or None without a motion stream.
         mask: [1, 1, 1, h, w], 1 where the estimate is the guide's; late: the same for steps that end below LATE.
-        opening: [1, C, 1, h, w] of norm 1, what an opening jaw changes in the guide's mouth; zeros where nobody knows.
+        moves: [n, C h w] orthonormal, what changes most in the guide's mouth over its latents.
     """
 
     times: tuple[float, ...]
@@ -41,7 +42,7 @@ class Likeness:
     motion: Tensor | None
     mask: Tensor
     late: Tensor
-    opening: Tensor
+    moves: Tensor
 
     def applies(self, t: float, t_next: float) -> bool:
         return any(t > at >= t_next for at in self.times)
@@ -55,9 +56,9 @@ class Likeness:
         return torch.lerp(torch.lerp(clean + self.looks(clean, guide), guide, mask), noise, t_next)
 
     def looks(self, clean: Tensor, guide: Tensor) -> Tensor:
-        """What the estimate's mean over time lacks of the guide's [1, C, 1, h, w], but for the mouth's opening."""
+        """What the estimate's mean over time lacks of the guide's [1, C, 1, h, w], but for the mouth's moves."""
         lacking = (guide - clean).mean(2, keepdim=True)
-        return lacking - (lacking * self.opening).sum() * self.opening
+        return lacking - (self.moves.T @ (self.moves @ lacking.flatten())).view_as(lacking)
 
     def nearest(self, clean: Tensor, motion: Tensor | None) -> Tensor:
         """The guide's latents [1, C, T, h, w] that are nearest: in motion, or to the estimate without such a stream."""
@@ -78,17 +79,12 @@ def _weighed(tokens: Tensor) -> Tensor:
     return tokens.float() * scale.repeat(FRAMES_PER_LATENT)
 
 
-def opening_of(latents: Tensor, motion: Tensor | None, mask: Tensor) -> Tensor:
-    """``opening`` of Likeness, from the guide's latents [1, C, R, h, w], their motion [1, R, M] and ``mask``: the
-    latents' regression on the jaw, mean over a latent's frames, where the mask leaves the mouth out."""
-    none = torch.zeros_like(latents[:, :, :1])
-    if motion is None or motion.shape[2] != FRAMES_PER_LATENT * len(MOTION_NAMES):
-        return none
-    jaw = motion[0].unflatten(1, (FRAMES_PER_LATENT, -1))[..., motion_index("jawOpen")].mean(1)
-    apart = latents - latents.mean(2, keepdim=True)
-    along = torch.einsum("r,bcrhw->bchw", (jaw - jaw.mean()).to(latents), apart)[:, :, None] * (1 - mask)
-    size = along.norm()
-    return along / size if size > 0 else none
+def moves_of(latents: Tensor, mask: Tensor) -> Tensor:
+    """``moves`` of Likeness: the first MOVES principal components of latents [1, C, R, h, w] over time, where ``mask``
+    leaves the mouth out; as many as there are of a still or a short guide."""
+    apart = ((latents - latents.mean(2, keepdim=True)) * (1 - mask))[0].transpose(0, 1).flatten(1)
+    _, size, found = torch.linalg.svd(apart, full_matrices=False)
+    return found[:MOVES][size[:MOVES] > 1e-4 * latents.abs().max()]
 
 
 def guide_masks(height: int, width: int) -> tuple[Tensor, Tensor]:

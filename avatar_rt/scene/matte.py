@@ -69,7 +69,9 @@ def _one_piece(found: np.ndarray) -> np.ndarray:
 
 
 def _prior(height: int, width: int) -> np.ndarray:
-    """GrabCut's mask to begin with, uint8 [height, width]: a bust, its middle certain, and the upper corners not it."""
+    """GrabCut's mask to begin with, uint8 [height, width]: a bust, its middle certain, and the upper corners not it.
+    Certain up to where hair is: hair as dark as what lies behind it is only kept where its colour is known to be hair.
+    """
     y, x = np.mgrid[0:height, 0:width] + 0.5
     y, x = y / height, x / width - 0.5
 
@@ -78,7 +80,8 @@ def _prior(height: int, width: int) -> np.ndarray:
 
     mask = np.full((height, width), cv2.GC_PR_BGD, np.uint8)
     mask[oval(0.47, 0.36, 0.48) | ((y > 0.83) & (abs(x) < 0.147 + 2.22 * (y - 0.83)))] = cv2.GC_PR_FGD
-    face, neck, chest = oval(0.5, 0.15, 0.24), (y > 0.68) & (abs(x) < 0.06), (y > 0.9) & (abs(x) < 0.15)
-    mask[face | neck | chest] = cv2.GC_FGD
+    face, hair = oval(0.5, 0.15, 0.24), oval(0.38, 0.14, 0.24)
+    neck, chest = (y > 0.68) & (abs(x) < 0.06), (y > 0.9) & (abs(x) < 0.15)
+    mask[face | hair | neck | chest] = cv2.GC_FGD
     mask[((y < 0.66) & (abs(x) > 0.46)) | ((y < 0.12) & (abs(x) > 0.36))] = cv2.GC_BGD
     return mask

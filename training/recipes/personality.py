@@ -1,12 +1,10 @@
 """Stage 3: ``--recipe personality --init RUN_OF_A2V``, its ablations, ``overfit``, ``tavr_14b``.
 
-``personality.together`` trains all conditions at once from given weights, without the losses on decoded faces;
-``personality.mouth`` goes on from finished weights, at a lower rate and with the mouth above all.
+``personality.together`` trains all conditions at once from given weights, without the losses on decoded faces.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,19 +80,6 @@ def together() -> Recipe:
         drop_all=0.0, drop_motion=0.0, shuffle_motion=0.0
     )  # fmt: skip
     return _make("personality.together", 2600, settings)
-
-
-def mouth() -> Recipe:
-    """From finished weights: what the sampler's likeness leaves to the model is the mouth, and how it moves."""
-    buckets = (
-        Bucket(1, people=8, windows=4, first=0.6, last=0.4), Bucket(3, people=8, windows=2, first=0.2, last=0.3),
-        Bucket(8, people=6, windows=1, first=0.2, last=0.3),
-    )  # fmt: skip
-    settings = PersonalitySettings(
-        buckets=buckets, token_shift=False, time_mean=0.4, face_weight=3.0, mouth_weight=15.0, read_weight=0.3,
-        reference_lengths=(1, 2, 4), drop_all=0.0, drop_motion=0.0, shuffle_motion=0.0,
-    )  # fmt: skip
-    return replace(_make("personality.mouth", 2200, settings), lr=3.5e-4, muon_lr=5e-4, warmup=50)
 
 
 def overfit() -> Recipe:
