@@ -55,6 +55,8 @@ class Made:
 
 def passes(sampling: SamplingConfig, sees: Sees) -> tuple[GuidancePass, ...]:
     """The guidance of a complete model with the conditions that are not there taken out."""
+    if sees == Sees():
+        return guidance_passes(sampling, False)
     reference = sampling.reference_scale if sees.reference else 1.0
     audio = sampling.audio_scale if sees.audio else reference
     sampling = dataclasses.replace(sampling, reference_scale=reference, audio_scale=audio)
@@ -123,7 +125,9 @@ def caption(path: Path) -> str:
 
 
 def _without(engine: AvatarEngine, sees: Sees) -> Any:
-    """The transformer, not told what it was never told in training."""
+    """The transformer, not told what it was never told in training; as it is where there is nothing of that kind."""
+    if sees.audio and sees.anchor != "none":
+        return engine.dit
 
     def call(latents: Tensor, t: Tensor, text: Tensor, audio: Tensor | None = None, **told: Any) -> Any:
         if sees.anchor == "none":
