@@ -16,10 +16,10 @@ weights of the one before it; an ablation is the same stage with one thing taken
 rendered people whom no training saw, with only what its model was trained with: `t2v` gets a caption, `a2v` speech and
 a picture of the person, `personality` speech, a place and a reference of another scene. `tiny` is the shipped weights,
 which stage 3 trained for longer with all conditions at once (`personality.together`), and `tiny.no_reference` the same
-weights with nobody to refer to. `bench.quality` scores them; `n/a` is what could not be
-measured. The flow error is the mean square of the predicted velocity's error on held-out
-people, at three times, whole chunks. The losses on decoded faces look through the motion encoder that also reads the
-mouth opening here; LSE-C* and the offset are of a network that no loss knows.
+weights with nobody to refer to. `bench.quality` scores them; `n/a` is what could not be measured. The flow error is the
+mean square of the predicted velocity's error on held-out people, at three times, whole chunks. The losses on decoded
+faces look through the motion encoder that also reads the mouth opening here; LSE-C* and the offset are of a network that
+no loss knows.
 """
 MEASURES = (
     ("identity_top1", "its own reference is the nearest"), ("identity", "face similarity"), ("lse_c_star", "LSE-C*"),
