@@ -18,8 +18,8 @@ a picture of the person, `personality` speech, a place and a reference of anothe
 which stage 3 trained for longer with all conditions at once (`personality.together`), and `tiny.no_reference` the same
 weights with nobody to refer to. `bench.quality` scores them; `n/a` is what could not be measured. The flow error is the
 mean square of the predicted velocity's error on held-out people, at three times, whole chunks. The losses on decoded
-faces look through the motion encoder that also reads the mouth opening here; LSE-C* and the offset are of a network that
-no loss knows.
+faces look through the motion encoder that also reads the mouth opening here; LSE-C* and the offset are of a network
+that no loss knows.
 """
 MEASURES = (
     ("identity_top1", "its own reference is the nearest"), ("identity", "face similarity"), ("lse_c_star", "LSE-C*"),
