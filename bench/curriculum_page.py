@@ -19,7 +19,9 @@ which stage 3 trained for longer with all conditions at once (`personality.toget
 weights with nobody to refer to. `bench.quality` scores them; `n/a` is what could not be measured. The flow error is the
 mean square of the predicted velocity's error on held-out people, at three times, whole chunks. The losses on decoded
 faces look through the motion encoder that also reads the mouth opening here; LSE-C* and the offset are of a network
-that no loss knows.
+that no loss knows. What is read of a style is partly the face's (`bench/quality/style.py`): `a2v`, which is shown a
+picture and nothing of how anybody moves, is above one half in it too, so take a rank for a style with that in mind. The
+sampler's settings of `tiny` were chosen on twenty of these cases.
 """
 MEASURES = (
     ("identity_top1", "its own reference is the nearest"), ("identity", "face similarity"), ("lse_c_star", "LSE-C*"),
