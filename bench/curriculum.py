@@ -144,6 +144,16 @@ def read_metrics(path: Path) -> dict[str, Any]:
     return {"tokens": round(tokens), "validation": validation}
 
 
+def note_shipped(folder: Path) -> None:
+    """Notes whose videos a folder will hold. Raises InputError where it holds those of other weights or settings."""
+    shipped, note = open_bundle(shipped_bundle()), folder / "leg.json"
+    now = {"weights": shipped.weights_hash, "sampling": json.loads(shipped.config.to_json())["sampling"]}
+    if note.is_file() and json.loads(note.read_text()) != now:
+        raise InputError(f"{folder}: holds videos of other shipped weights or settings; take another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(now) + "\n")
+
+
 def make_bundle(leg: Leg, folder: Path, corpus: Path, *, seconds: float | None = None) -> Path:
     """A leg's weights and the corpus' encoders as a bundle; ``seconds``: that takes references as long as this."""
     bundle, own = folder / ("bundle" if seconds is None else "bundle-long"), shipped_bundle() if leg.shipped else folder
@@ -229,8 +239,7 @@ def run_all(a: argparse.Namespace, run: Callable[[list[str]], None] = train) -> 
     for leg in chosen(a.legs):
         folder = a.out / leg.name
         if leg.shipped:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "leg.json").write_text(json.dumps({"weights": open_bundle(shipped_bundle()).weights_hash}) + "\n")
+            note_shipped(folder)
         elif not a.measure:
             run_leg(leg, a.corpus, a.out, steps_of(leg, asked, a.out), run)
         elif not (folder / "leg.json").is_file():

@@ -164,6 +164,8 @@ def test_the_shipped_weights_are_measured_and_not_trained(tmp_path: Path, monkey
     assert main(words, never) == 0
     kept = json.loads((tmp_path / "out" / "tiny" / "result.json").read_text())
     assert kept["weights"] == AvatarEngine().bundle.weights_hash and kept["quality"]["mean"]["identity"] > 0
+    (tmp_path / "out" / "tiny" / "leg.json").write_text('{"weights": "others"}')
+    assert main(words, never) == 2  # its videos are not those of these weights
     legs = {"tiny": kept, "t2v": _entry(0.4)}
     text = curriculum_page.page({"legs": legs, "machine": {"cpu": "a CPU", "torch": "2", "commit": "abc"}})
     assert "| t2v | 10 |" in text and "generated motion is seen" in text
@@ -197,7 +199,7 @@ def test_the_page_says_what_is_met_and_what_is_not() -> None:
     legs = {
         "t2v": _entry(0.4), "t2v.scratch": _entry(0.5), "a2v": _entry(0.3, offset_within_2=0.9, lse_c_star=0.4),
         "a2v.no_audio": _entry(0.35, lse_c_star=0.5),
-        "personality": _entry(0.2, identity_top1=0.8, style_auc=0.55, identity=0.9)
+        "personality": _entry(0.2, identity_top1=0.8, style_top1=1 / 36, style_auc=0.55, identity=0.9)
         | {"seconds": {s: _entry(0.2, identity=v)["quality"] for s, v in (("1", 0.5), ("2", 0.6), ("8", 0.55))}},
     }  # fmt: skip
     text = curriculum_page.page({"legs": legs, "machine": {"cpu": "a CPU", "torch": "2", "commit": "abc"}})
@@ -206,10 +208,12 @@ def test_the_page_says_what_is_met_and_what_is_not() -> None:
     assert rows["stage 1 pays for stage 2: flow error at as many tokens"] == "not measured"
     assert rows["stage 2 hears: sound found within 2 frames"] == "yes" and rows["stage 2 hears: LSE-C*"] == "no"
     assert rows["stage 3 knows who, personality: top-1"] == "no"
+    assert rows["stage 3 knows how, personality: style finds its own"] == "no"
     assert rows["stage 3 knows how, personality: others further in style"] == "no"
     assert rows["motion stream, personality: generated motion is seen"] == "yes"
     assert rows["stage 3 knows who, tiny: top-1"] == "not measured"
     assert "personality: longer references are not always better." in text and "36 cases; a CPU" in text
-    legs["personality"]["quality"]["mean"]["style_auc"] = 0.62
+    legs["personality"]["quality"]["mean"] |= {"style_top1": 8 / 36, "style_auc": 0.62}
     text = curriculum_page.page({"legs": legs, "machine": {"cpu": "a CPU", "torch": "2", "commit": "abc"}})
+    assert "style finds its own | 0.222 | personality.no_reference | n/a | above chance | yes |" in text
     assert "others further in style | 0.62 | personality.no_reference | n/a | above chance | yes |" in text

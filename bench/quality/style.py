@@ -207,9 +207,9 @@ def measure(case: Case, video: Clip, faces: Faces, context: Context) -> dict[str
     out |= distances(motion, own["motion"])
     others = [r.facts["style"]["vector"] for r in context.others(case) if r.facts.get("style")]
     if others:
-        away = [np.linalg.norm((style_vector(motion) - v) * WEIGHTS) for v in (own["vector"], *others)]
+        away = np.array([np.linalg.norm((style_vector(motion) - v) * WEIGHTS) for v in (own["vector"], *others)])
         out["style_top1"] = float(away[0] < min(away[1:]))
-        out["style_auc"] = float(np.mean([(d > away[0]) + 0.5 * (d == away[0]) for d in away[1:]]))
+        out["style_auc"] = _further(away[1:], away[:1])
     return out
 
 
@@ -224,7 +224,11 @@ def _speed(x: np.ndarray) -> np.ndarray:
 def _auc(away: np.ndarray) -> float:
     """How often the diagonal of distances [N, N] is below the rest of its row, ties as half."""
     others = away[~np.eye(len(away), dtype=bool)].reshape(len(away), -1)
-    own = np.diag(away)[:, None]
+    return _further(others, np.diag(away)[:, None])
+
+
+def _further(others: np.ndarray, own: np.ndarray) -> float:
+    """The share of ``others`` that are above ``own``, ties as half."""
     return float(np.mean((others > own) + 0.5 * (others == own)))
 
 

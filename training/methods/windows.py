@@ -130,13 +130,19 @@ class Drawer:
             float((mean.sum(axis) * (torch.arange(n) + 0.5)).sum() / mean.sum().clamp(min=1e-6))
             for axis, n in ((1, height), (0, width))
         ]
-        moved = (torch.randint(-1, 2, (2,), generator=g)).tolist()
+        moved = torch.randint(-1, 2, (2,), generator=g).tolist()
         top, left = (
             min(max(round((m - side / 2) / step) + d, 0), (n - side) // step) * step
             for m, d, n, step in zip(middle, moved, (height, width), (p, q), strict=True)
         )
-        parts = {n: getattr(batch, n)[..., top : top + side, left : left + side] for n in ("x", "anchor", "weight")}
-        return dataclasses.replace(batch, **parts, cut=(top // p, left // q, height // p, width // q))
+        cut = (top // p, left // q, height // p, width // q)
+        parts = {n: self._part(getattr(batch, n), cut, side) for n in ("x", "anchor", "weight")}
+        return dataclasses.replace(batch, **parts, cut=cut)
+
+    def _part(self, whole: Tensor, cut: Cut, side: int) -> Tensor:
+        """The square of ``side`` latents of [..., h, w] whose corner a cut names."""
+        top, left = cut[0] * self.cfg.dit.patch[1], cut[1] * self.cfg.dit.patch[2]
+        return whole[..., top : top + side, left : left + side]
 
     def _reference(
         self, who: Tensor, start: Tensor, frames: int, g: torch.Generator, alike: torch.Generator
@@ -167,8 +173,7 @@ class Drawer:
         at = where[torch.multinomial(far.double() + 1e-12, 1, generator=g)[:, 0]]
         shown = self.table.latents[batch.clip, at].float()
         if batch.cut is not None:
-            top, left = batch.cut[0] * self.cfg.dit.patch[1], batch.cut[1] * self.cfg.dit.patch[2]
-            shown = shown[..., top : top + batch.x.shape[-2], left : left + batch.x.shape[-1]]
+            shown = self._part(shown, batch.cut, batch.x.shape[-1])
         picture = with_masks(shown[:, :, None], self.cfg.dit, 1, 0)
         mask = chosen.view(-1, 1, 1, 1, 1)
         return dataclasses.replace(batch, anchor=torch.where(mask, picture, batch.anchor))
