@@ -24,7 +24,7 @@ from avatar_rt.media.stream import SpeechFile
 from avatar_rt.media.writer import EXTENSIONS, check_output
 from avatar_rt.models.dit import VideoRefDiT
 from avatar_rt.models.guided import GuidedDiT, refuses_guided
-from avatar_rt.models.motion import MotionEncoder
+from avatar_rt.models.motion import FRAMES_PER_LATENT, MotionEncoder
 from avatar_rt.models.speech import SpeechEncoder
 from avatar_rt.models.streamed import StreamedVAE, refuses_streamed
 from avatar_rt.models.text import TextEncoder
@@ -32,8 +32,8 @@ from avatar_rt.models.vae import VideoVAE
 from avatar_rt.models.weights import load_weights
 from avatar_rt.ops.schedule import set_cpu_schedule, set_gpu_tiles
 from avatar_rt.pipeline.denoise import Scene
-from avatar_rt.pipeline.likeness import Likeness, guide_masks, moves_of
-from avatar_rt.pipeline.reference import encode_reference, offload_cache, read_reference, to_video
+from avatar_rt.pipeline.likeness import Likeness, guide_masks, moves_of, slopes_of
+from avatar_rt.pipeline.reference import encode_reference, offload_cache, read_motion, read_reference, to_video
 from avatar_rt.prepared import SUFFIX, Reference
 from avatar_rt.runtime.graph import Graphed
 from avatar_rt.runtime.manifest import file_hash, open_bundle, shipped_bundle
@@ -228,22 +228,26 @@ class AvatarEngine:
         """The reference's person as a guide for the solver at ``times``; None where there are none.
 
         In a scene uint8 [H, W, 3] that shows somebody, the guide is that picture with the reference's head; in an empty
-        one, it is the person with all that is seen of them; without a scene, it is the reference as it is.
+        one, it is the person with all that is seen of them; without a scene, it is the reference as it is. All of the
+        clip is in it, more than the transformer attends to where the clip is longer than the configuration's reference.
         """
         if not times:
             return None
-        cfg, context = self.config, reference.context
-        latents = context.latents[:, : cfg.dit.latent_channels]
+        cfg = self.config
+        frames = reference.frames[: frames_of_latents((len(reference.frames) - 1) // FRAMES_PER_LATENT + 1)]
+        video, motion = to_video(frames).to(self.device), None
+        if cfg.dit.motion_dim:
+            motion = read_motion(video, self.motion)[:, 1:]
         if scene is not None:
             picture = _fit(scene, cfg.height, cfg.width)
-            frames = reference.frames[: frames_of_latents(latents.shape[2] + 1)]
             mattes = person_mattes(frames)
             if len(detect_faces(picture)):
                 mattes = mattes * ~blank_head(picture)[1]
             video = to_video(place_person(frames, mattes, picture)).to(self.device)
-            latents = self.vae.normalize(self.vae.encode(video)[0].float())[:, :, 1:]
+        latents = self.vae.normalize(self.vae.encode(video)[0].float())[:, :, 1:]
         mask, late = (mask.to(latents) for mask in guide_masks(*cfg.latent_size))
-        return Likeness(tuple(times), latents, context.motion, mask, late, moves_of(latents, mask))
+        moves, slopes = moves_of(latents, mask), slopes_of(latents, motion)
+        return Likeness(tuple(times), latents, motion, mask, late, moves, slopes)
 
     # ---- generation ------------------------------------------------------------------------------------------------
 

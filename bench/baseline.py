@@ -362,14 +362,18 @@ class Plain:
                 vm = None if vm is None else vm + p.motion_weight * dm
             if motion is not None and vm is not None:
                 believed = motion - frames_t[:, :, None] * vm
+            led = None
             if likeness is not None and likeness.applies(t, t_next):
-                moved = None if believed is None else believed[:, n:]
-                after = likeness.step(z[:, :, n:], v[:, :, n:], t, t_next, moved)
+                moved, held = (None, None) if believed is None else (believed[:, n:], believed[:, :n])
+                after, led = likeness.step(z[:, :, n:], v[:, :, n:], t, t_next, moved, held)
             else:
                 after = z[:, :, n:] + (t_next - t) * v[:, :, n:]
             z = torch.cat([z[:, :, :n], after], 2)
             if motion is not None and vm is not None:
-                motion = torch.cat([motion[:, :n], motion[:, n:] + (t_next - t) * vm[:, n:]], 1)
+                moving = motion[:, n:] + (t_next - t) * vm[:, n:]
+                if led is not None:
+                    moving = (1 - t_next) * led + t_next * (motion[:, n:] + (1 - t) * vm[:, n:])
+                motion = torch.cat([motion[:, :n], moving], 1)
         z, held = settle(z, n, ChunkState() if carried is None else carried, cfg.chunk, reference.scene.kept)
         keep = z.shape[2] - cfg.chunk.overlap
         anchor = carried.anchor if carried is not None else z[:, :, :1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -13,9 +13,9 @@ import torch
 from avatar_rt import AvatarEngine
 from avatar_rt.config import SamplingConfig
 from avatar_rt.errors import InputError
-from avatar_rt.models.motion import motion_index
+from avatar_rt.models.motion import FRAMES_PER_LATENT, MOTION_NAMES, motion_index, mouth_channels
 from avatar_rt.pipeline.denoise import solve
-from avatar_rt.pipeline.likeness import LATE, MOVES, Likeness, guide_masks, moves_of
+from avatar_rt.pipeline.likeness import JAW, JOIN, LATE, LEAVE, LIPS, MOVES, Likeness, guide_masks, moves_of, slopes_of
 from avatar_rt.pipeline.reference import to_video
 from avatar_rt.prepared import Reference
 from avatar_rt.scene.image import blank_head
@@ -30,14 +30,14 @@ UPPER[..., 2:, :] = 0
 def _likeness(times: tuple[float, ...] = (0.8,), motion: bool = True) -> Likeness:
     g = torch.Generator().manual_seed(2)
     latents = torch.randn(1, 3, 5, 4, 4, generator=g)
-    told = torch.randn(1, 5, 6, generator=g) if motion else None
+    told = 10 * torch.randn(1, 5, 6, generator=g) if motion else None  # far apart, next to what leaving costs
     return Likeness(times, latents, told, MASK, UPPER, moves_of(latents, MASK)[:2])
 
 
 def _estimates(lent: Likeness, t_next: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Clean latents before and after the guide, in one step from 0.9, and the guide's."""
     z, v = (torch.randn(1, 3, 2, 4, 4, generator=torch.Generator().manual_seed(s)) for s in (3, 4))
-    out = lent.step(z, v, 0.9, t_next, lent.motion[:, [4, 1]] + 0.01)
+    out, _ = lent.step(z, v, 0.9, t_next, lent.motion[:, [4, 1]] + 0.01)
     return z - 0.9 * v, (out - t_next * (z + 0.1 * v)) / (1 - t_next), lent.latents[:, :, [4, 1]]
 
 
@@ -83,24 +83,91 @@ def test_late_steps_take_the_upper_part_alone() -> None:
     assert torch.allclose(*moves, atol=1e-5)
 
 
-def test_the_jaw_counts_more_than_other_motion() -> None:
-    def tokens(**channels: float) -> torch.Tensor:
-        out = torch.zeros(1, 4, 62)
+def _tokens(*frames: dict[str, float]) -> torch.Tensor:
+    """Motion [1, T, M] of latents in whose frames these channels have these values, and the others none."""
+    out = torch.zeros(1, len(frames), FRAMES_PER_LATENT, len(MOTION_NAMES))
+    for i, channels in enumerate(frames):
         for name, value in channels.items():
-            out[..., motion_index(name)] = value
-        return out.reshape(1, 1, -1)
+            out[0, i, :, motion_index(name)] = value
+    return out.flatten(2)
 
-    motion = torch.cat([tokens(jawOpen=0.5), tokens(browInnerUp=0.7)], 1)  # the second is further away, and not as bad
-    lent = dataclasses.replace(_likeness(), motion=motion)
-    clean = torch.zeros(1, 3, 1, 4, 4)
-    assert torch.equal(lent.nearest(clean, tokens()), lent.latents[:, :, 1:2])
+
+def _led_by(motion: torch.Tensor, **more: torch.Tensor) -> Likeness:
+    latents = torch.randn(1, 3, motion.shape[1], 4, 4, generator=torch.Generator().manual_seed(2))
+    return dataclasses.replace(_likeness(), latents=latents, motion=motion, **more)
+
+
+def test_the_jaw_counts_more_than_the_lips_and_the_rest_nothing() -> None:
+    lent = _led_by(_tokens({"jawOpen": 0.5}, {"mouthSmileLeft": 2.0, "yaw": 9.0}))
+    assert lent.follow(_tokens({})).tolist() == [1]
+
+
+def test_the_reference_goes_on_as_it_does_unless_the_jaw_is_worth_leaving_it() -> None:
+    lent = _led_by(_tokens(*({"jawOpen": x} for x in (0, 1, 0, 3, 0))))
+    near = [{"jawOpen": x} for x in (0.0, 0.8, 0.3)]
+    assert lent.follow(_tokens(*near)).tolist() == [0, 1, 2]
+    wide = [{"jawOpen": x} for x in (0.0, 3.0, 3.0)]
+    assert lent.follow(_tokens(*wide)).tolist()[1:] == [3, 3]
+
+
+def test_it_leaves_where_the_head_moves_on_alike() -> None:
+    """Two latents are as good for the jaw; the one that is taken is posed as the reference would have gone on."""
+    lent = _led_by(_tokens({"yaw": 0.0}, {"yaw": 1.0}, {"yaw": 1.1, "jawOpen": 3}, {"yaw": -4.0, "jawOpen": 3}))
+    assert lent.follow(_tokens({}, {"jawOpen": 3})).tolist()[1] == 2
+    carried = _tokens({"yaw": -9.0}, {"yaw": 0.0})
+    assert lent.follow(_tokens({}), carried).tolist() == [1]  # as the last of them goes on, not the one before
+    assert lent.follow(_tokens({}), carried[:, :0]).tolist() == [0]
+
+
+def test_the_way_is_the_cheapest_of_all() -> None:
+    g = torch.Generator().manual_seed(5)
+    theirs, ours = 0.5 * torch.randn(1, 4, 248, generator=g), 0.5 * torch.randn(1, 4, 248, generator=g)
+    frames, mouth = theirs[0].view(4, FRAMES_PER_LATENT, -1), mouth_channels(248)[: len(MOTION_NAMES)]
+    counts = (LIPS * mouth).index_fill(0, torch.tensor(motion_index("jawOpen")), JAW).repeat(FRAMES_PER_LATENT)
+
+    def cost(way: tuple[int, ...]) -> float:
+        total = sum(float((counts * (ours[0, k] - theirs[0, i]).square()).sum()) for k, i in enumerate(way))
+        for i, j in pairwise(way):
+            after = frames[i + 1, 0] if i < 3 else frames[3, -1]
+            total += 0 if j == i + 1 else LEAVE + JOIN * float((after - frames[j, 0])[~mouth].square().sum())
+        return total
+
+    found = tuple(_led_by(theirs).follow(ours).tolist())
+    ways = sorted(product(range(4), repeat=4), key=cost)
+    assert found == ways[0] and cost(ways[1]) > cost(ways[0]) + 1e-3
+
+
+def test_the_rest_of_the_motion_becomes_the_guides() -> None:
+    g = torch.Generator().manual_seed(5)
+    lent, motion = _led_by(torch.randn(1, 3, 248, generator=g)), torch.randn(1, 2, 248, generator=g)
+    z = torch.zeros(1, 3, 2, 4, 4)
+    _, told = lent.step(z, z, 0.9, 0.7, motion)
+    mouth, at = mouth_channels(248), lent.follow(motion)
+    assert torch.equal(told[..., mouth], motion[..., mouth])
+    assert torch.equal(told[..., ~mouth], lent.motion[:, at][..., ~mouth])
+    assert _likeness(motion=False).step(z, z, 0.9, 0.7, None)[1] is None
+
+
+def test_the_guide_is_corrected_for_how_far_the_jaw_is_open() -> None:
+    g = torch.Generator().manual_seed(7)
+    jaw, yaw = torch.randn(12, generator=g), torch.randn(12, generator=g)
+    change, turn = torch.randn(3, 4, 4, generator=g), torch.randn(3, 4, 4, generator=g)
+    latents = (jaw.view(12, 1, 1, 1) * change + yaw.view(12, 1, 1, 1) * turn).transpose(0, 1)[None]
+    motion = _tokens(*({"jawOpen": float(a), "yaw": float(b)} for a, b in zip(jaw, yaw, strict=True)))
+    slopes = slopes_of(1000 * latents, 1000 * motion)  # large, so that the ridge is nothing
+    assert torch.allclose(slopes.sum(0), change.flatten(), atol=1e-3)  # all frames of a latent moved alike
+    lent = dataclasses.replace(_led_by(motion[:, :1], slopes=slopes), latents=latents[:, :, :1])
+    lacks = lent.opened(_tokens({"jawOpen": float(jaw[0]) + 0.5}), motion[:, :1])
+    assert torch.allclose(lacks, 0.5 * change[None, :, None], atol=1e-3)
+    assert slopes_of(latents, None) is None and slopes_of(latents, motion[..., :6]) is None
+    assert not slopes_of(latents[:, :, :1], motion[:, :1]).any()
 
 
 def test_without_motion_the_nearest_face_is_taken() -> None:
     lent = _likeness(motion=False)
     clean = lent.latents[:, :, [3, 0]] + 0.1 * torch.randn(1, 3, 2, 4, 4)
     clean = torch.where(MASK.bool(), clean, 9.0)  # what lies outside of the face says nothing
-    assert torch.equal(lent.nearest(clean, None), lent.latents[:, :, [3, 0]])
+    assert lent.nearest(clean).tolist() == [3, 0]
 
 
 def test_each_time_counts_once() -> None:
@@ -147,7 +214,11 @@ def reference(engine: AvatarEngine) -> Reference:
 def test_without_a_scene_the_guide_is_the_reference(engine: AvatarEngine, reference: Reference) -> None:
     guide = engine.likeness(reference, None, (0.8,))
     assert guide is not None and guide.times == (0.8,)
-    assert torch.equal(guide.latents, reference.context.latents[:, : engine.config.dit.latent_channels])
+    part = reference.context.latents.shape[2]  # what the transformer attends to; the guide has all of the clip
+    assert guide.latents.shape[2] == guide.motion.shape[1] == 4 > part
+    known = reference.context.latents[:, : engine.config.dit.latent_channels]
+    assert torch.allclose(guide.latents[:, :, :part], known, atol=1e-4)
+    assert torch.allclose(guide.motion[:, :part], reference.context.motion, atol=1e-4)
     assert engine.likeness(reference, None, ()) is None
 
 
@@ -164,11 +235,9 @@ def test_in_a_scene_the_guide_is_the_person_before_it(
     guide = engine.likeness(reference, scene, (0.8,))
     assert guide is not None
     part = mattes * ~blank_head(scene[:64, :64])[1] if somebody else mattes
-    count = 1 + 4 * reference.context.latents.shape[2]
-    video = to_video(place_person(reference.frames[:count], part[:count], scene[:64, :64]))
+    video = to_video(place_person(reference.frames, part, scene[:64, :64]))
     wanted = engine.vae.normalize(engine.vae.encode(video)[0].float())[:, :, 1:]
     assert torch.allclose(guide.latents, wanted, atol=1e-5)
-    assert guide.latents.shape == reference.context.latents[:, : engine.config.dit.latent_channels].shape
 
 
 def test_a_request_may_turn_it_off_or_move_it(engine: AvatarEngine, reference: Reference) -> None:

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from avatar_rt.scene.matte import EVERY, person_mattes, place_person
+from avatar_rt.scene.matte import EVERY, STRIP, _grab, _prior, person_mattes, place_person
 
 SIZE = 96
 
@@ -65,6 +65,24 @@ def test_one_bad_picture_is_outvoted() -> None:
     found = person_mattes(frames)
     bad, good = ((m > 0.5) & w for m, w in ((found[4 * EVERY], masks[4 * EVERY]), (found[0], masks[0])))
     assert abs(int(bad.sum()) - int(good.sum())) < 0.1 * good.sum()
+
+
+def test_wall_between_hair_and_the_pictures_edge_is_not_the_person() -> None:
+    """A strip of wall that was taken for the person is given up; hair that reaches the edge is wider."""
+    frames, _ = _clip(1)
+    assert 0 < _grab(frames[0], _strip(frames[0], (40, 56)))[0].mean() < STRIP[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("avatar_rt.scene.matte._prior", lambda height, width: _strip(frames[0], (40, 56)))
+        assert person_mattes(frames)[0, 0].max() < 0.1
+        patch.setattr("avatar_rt.scene.matte._prior", lambda height, width: _strip(frames[0], (20, 76)))
+        assert person_mattes(frames)[0, 0, 24:72].min() > 0.9
+
+
+def _strip(frame: np.ndarray, across: tuple[int, int]) -> np.ndarray:
+    """A mask to begin with, in which all from the middle to the upper edge is certain, so wide."""
+    prior = _prior(*frame.shape[:2])
+    prior[: SIZE // 2, slice(*across)] = cv2.GC_FGD
+    return prior
 
 
 def test_places_the_person_before_a_scene() -> None:

@@ -151,14 +151,19 @@ def solve(
             v, vm = velocity(with_masks(z, cfg, 0, carried), t_frames, motion, resting)
         if motion is not None and vm is not None:
             believed = motion - t_frames[:, :, None] * vm
+        told = None
         if likeness is not None and likeness.applies(t, t_next):
-            moved = None if believed is None else believed[:, n:]
-            after = likeness.step(z[:, :, n:], v[:, :, n:], t, t_next, moved)
+            moved, held = (None, None) if believed is None else (believed[:, n:], believed[:, :n])
+            after, told = likeness.step(z[:, :, n:], v[:, :, n:], t, t_next, moved, held)
         else:
             after = ops.flow_step(z[:, :, n:], v[:, :, n:], t, t_next)
         z = torch.cat([z[:, :, :n], after], dim=2)
         if motion is not None and vm is not None:
-            motion = torch.cat([motion[:, :n], ops.flow_step(motion[:, n:], vm[:, n:], t, t_next)], dim=1)
+            if told is None:
+                moving = ops.flow_step(motion[:, n:], vm[:, n:], t, t_next)
+            else:
+                moving = torch.lerp(told, motion[:, n:] + (1 - t) * vm[:, n:], t_next)
+            motion = torch.cat([motion[:, :n], moving], dim=1)
     return z, motion
 
 

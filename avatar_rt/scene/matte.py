@@ -13,6 +13,7 @@ EVERY = 4  # every so many frames are looked at
 ROUNDS = 4
 NEIGHBOURS = 4  # on either side that vote with a picture
 ENOUGH = 0.35  # of the votes: a lost piece of hair shows more than a rim of the old place
+STRIP = (0.35, 0.03)  # what reaches the upper edge and is narrower, in widths, is wall; how much is cut off, in heights
 SOFT = 1 / 128  # of the picture's width: the edge
 
 
@@ -47,12 +48,21 @@ def place_person(frames: np.ndarray, mattes: np.ndarray, scene: np.ndarray) -> n
 
 def _cut_out(frame: np.ndarray, prior: np.ndarray) -> np.ndarray:
     """The person in one picture, as 0 or 1 with a soft edge, fp32."""
+    found, below = _grab(frame, prior), round(STRIP[1] * len(frame))
+    if 0 < found[0].mean() < STRIP[0]:
+        without = prior.copy()
+        without[:below] = cv2.GC_BGD
+        found = _grab(frame, without)
+    return cv2.GaussianBlur(found.astype(np.float32), (0, 0), SOFT * frame.shape[1])
+
+
+def _grab(frame: np.ndarray, prior: np.ndarray) -> np.ndarray:
+    """GrabCut's person, begun with a mask uint8 [H, W]: 0 or 1."""
     mask = prior.copy()
     cv2.setRNGSeed(0)
     background, person = np.zeros((1, 65)), np.zeros((1, 65))
     cv2.grabCut(np.ascontiguousarray(frame), mask, (0, 0, 0, 0), background, person, ROUNDS, cv2.GC_INIT_WITH_MASK)
-    found = ((mask == cv2.GC_FGD) | (mask == cv2.GC_PR_FGD)).astype(np.uint8)
-    return cv2.GaussianBlur(_one_piece(found).astype(np.float32), (0, 0), SOFT * frame.shape[1])
+    return _one_piece(((mask == cv2.GC_FGD) | (mask == cv2.GC_PR_FGD)).astype(np.uint8))
 
 
 def _one_piece(found: np.ndarray) -> np.ndarray:
