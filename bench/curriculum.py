@@ -26,7 +26,6 @@ from typing import Any
 import cv2
 import numpy as np
 
-from avatar_rt.config import FPS, AvatarConfig, latents_of_frames
 from avatar_rt.engine import AvatarEngine
 from avatar_rt.errors import AvatarError, InputError
 from avatar_rt.media.reader import read_video
@@ -154,14 +153,11 @@ def note_shipped(folder: Path) -> None:
     note.write_text(json.dumps(now) + "\n")
 
 
-def make_bundle(leg: Leg, folder: Path, corpus: Path, *, seconds: float | None = None) -> Path:
-    """A leg's weights and the corpus' encoders as a bundle; ``seconds``: that takes references as long as this."""
-    bundle, own = folder / ("bundle" if seconds is None else "bundle-long"), shipped_bundle() if leg.shipped else folder
+def make_bundle(leg: Leg, folder: Path, corpus: Path) -> Path:
+    """A leg's weights and the corpus' encoders as a bundle."""
+    bundle, own = folder / "bundle", shipped_bundle() if leg.shipped else folder
     bundle.mkdir(parents=True, exist_ok=True)
-    config = AvatarConfig.from_json((own / "config.json").read_text())
-    if seconds is not None:
-        config = dataclasses.replace(config, reference_latents=latents_of_frames(round(seconds * FPS)))
-    (bundle / "config.json").write_text(config.to_json())
+    shutil.copy(own / "config.json", bundle)
     for source, names in ((own if leg.shipped else corpus / "weights", PARTS), (own, ("dit", "text"))):
         for name in names:
             if (source / f"{name}.safetensors").is_file():
@@ -210,8 +206,8 @@ def measure(videos: Path, bundle: Path, sources: list[Source], workers: int) -> 
     context = Context(bundle)
     rows = score(sources, [System("leg", videos)], context, workers=workers, quiet=False)
     write_csv(videos / "scores.csv", rows)
-    result = {"cases": names, **means(rows)["leg"], **offsets(rows), "loop_r": loop_closed(videos, sources, context)}
-    result["cases"] = names
+    result = {**means(rows)["leg"], **offsets(rows), "loop_r": loop_closed(videos, sources, context)}
+    result |= {"cases": names, "commit": machine()["commit"]}
     kept.write_text(json.dumps(result) + "\n")
     return result
 
@@ -251,7 +247,7 @@ def run_all(a: argparse.Namespace, run: Callable[[list[str]], None] = train) -> 
             make_videos(leg, bundle, folder / "videos", sources, a.solver_steps)
             entry["quality"] = measure(folder / "videos", bundle, sources, a.workers)
             if leg.name in SWEPT:
-                entry["seconds"] = sweep(leg, folder, a)
+                entry["seconds"] = sweep(leg, folder, bundle, sources, entry["quality"], a)
         (folder / "result.json").write_text(json.dumps(entry) + "\n")
     for leg in LEGS:
         if (path := a.out / leg.name / "result.json").is_file():
@@ -259,15 +255,18 @@ def run_all(a: argparse.Namespace, run: Callable[[list[str]], None] = train) -> 
     return found
 
 
-def sweep(leg: Leg, folder: Path, a: argparse.Namespace) -> dict[str, Any]:
-    """The same leg with references of 1 to 8 seconds."""
-    bundle, out = make_bundle(leg, folder, a.corpus, seconds=max(REFERENCE_SECONDS)), {}
-    for seconds in REFERENCE_SECONDS:
-        sources = [Source(p, seconds=seconds) for p in procedural(a.cases)][: a.count]
+def sweep(
+    leg: Leg, folder: Path, bundle: Path, sources: list[Source], quality: dict[str, Any], a: argparse.Namespace
+) -> dict[str, Any]:
+    """The same leg with references of 1 to 8 seconds; ``quality`` is of 8, for the cases' are that long. Every length is
+    held against all of the reference: held against its own frames, a shorter one would be the easier to resemble."""
+    *shorter, longest = REFERENCE_SECONDS
+    out = {}
+    for seconds in shorter:
         videos = folder / f"videos-{seconds}s"
-        make_videos(leg, bundle, videos, sources, a.solver_steps)
+        make_videos(leg, bundle, videos, [dataclasses.replace(s, seconds=seconds) for s in sources], a.solver_steps)
         out[str(seconds)] = measure(videos, bundle, sources, a.workers)
-    return out
+    return {**out, str(longest): quality}
 
 
 def main(arguments: list[str] | None = None, run: Callable[[list[str]], None] = train) -> int:

@@ -23,7 +23,7 @@ mean square of the predicted velocity's error on held-out people, at three times
 faces look through the motion encoder that also reads the mouth opening here; LSE-C* and the offset are of a network
 that no loss knows. What is read of a style is partly the face's (`bench/quality/style.py`): `a2v`, which is shown a
 picture and nothing of how anybody moves, is above one half in it too, so take a rank for a style with that in mind. The
-sampler's settings of `tiny` were chosen on twenty of these cases.
+sampler's settings of `tiny` were chosen on these cases, twenty of them and then twelve.
 """
 MEASURES = (
     ("identity_top1", "its own reference is the nearest"), ("identity", "face similarity"), ("lse_c_star", "LSE-C*"),
@@ -167,12 +167,13 @@ def scores(legs: dict[str, Any]) -> list[str]:
     rows = [["measure", *names]]
     rows += [[title, *(number(quality(key)(legs[n])) for n in names)] for key, title in MEASURES]
     rows.append(["scored", *(f"{legs[n]['quality']['scored']} of {len(legs[n]['quality']['cases'])}" for n in names)])
+    rows.append(["at commit", *(legs[n]["quality"].get("commit", "n/a") for n in names)])
     return table(rows)
 
 
 def lengths(legs: dict[str, Any]) -> list[str]:
     """Identity over the reference's seconds, and whether longer is never worse."""
-    rows, said = [["run", "seconds", "face similarity", "its own reference is the nearest", "LSE-C*"]], []
+    rows, said = [["run", "seconds", "similarity to all of the reference", "it is the nearest", "LSE-C*"]], []
     for name, entry in legs.items():
         curve = []
         for seconds, found in entry.get("seconds", {}).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib
 import json
@@ -20,7 +21,7 @@ from avatar_rt.errors import InputError
 from avatar_rt.models.weights import save_weights
 from bench import curriculum, curriculum_page
 from bench.curriculum import LEGS, chosen, main, read_metrics, steps_of
-from bench.quality.cases import CASES, read_case
+from bench.quality.cases import CASES, Source, read_case
 from bench.quality.partial import Sees, generate, passes
 from training.recipes import a2v, personality, t2v
 from training.train import train
@@ -169,6 +170,16 @@ def test_the_shipped_weights_are_measured_and_not_trained(tmp_path: Path, monkey
     legs = {"tiny": kept, "t2v": _entry(0.4)}
     text = curriculum_page.page({"legs": legs, "machine": {"cpu": "a CPU", "torch": "2", "commit": "abc"}})
     assert "| t2v | 10 |" in text and "generated motion is seen" in text
+
+
+def test_every_length_of_a_reference_is_held_against_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, held = [], []
+    monkeypatch.setattr(curriculum, "make_videos", lambda leg, b, videos, sources, n: given.append(sources[0].seconds))
+    monkeypatch.setattr(curriculum, "measure", lambda videos, b, sources, n: held.append(sources[0].seconds) or {"n": 1})
+    a = argparse.Namespace(solver_steps=None, workers=1)
+    found = curriculum.sweep(LEGS[-2], tmp_path, tmp_path, [Source(tmp_path)], {"n": 8}, a)
+    assert given == [1, 2, 4] and held == [None] * 3
+    assert found == {"1": {"n": 1}, "2": {"n": 1}, "4": {"n": 1}, "8": {"n": 8}}
 
 
 def test_scratch_gets_the_tokens_of_both_stages(tmp_path: Path) -> None:
