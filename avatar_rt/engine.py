@@ -228,23 +228,23 @@ class AvatarEngine:
         """The reference's person as a guide for the solver at ``times``; None where there are none.
 
         In a scene uint8 [H, W, 3] that shows somebody, the guide is that picture with the reference's head; in an empty
-        one, it is the person with all that is seen of them; without a scene, it is the reference as it is. All of the
-        clip is in it, more than the transformer attends to where the clip is longer than the configuration's reference.
+        one, it is the person with all that is seen of them; without a scene, it is the reference as it is. Before a
+        scene it is all of the clip; without one, what of it the transformer attends to, which is encoded already.
         """
         if not times:
             return None
-        cfg = self.config
-        frames = reference.frames[: frames_of_latents((len(reference.frames) - 1) // FRAMES_PER_LATENT + 1)]
-        video, motion = to_video(frames).to(self.device), None
-        if cfg.dit.motion_dim:
-            motion = read_motion(video, self.motion)[:, 1:]
+        cfg, context = self.config, reference.context
+        latents, motion = context.latents[:, : cfg.dit.latent_channels], context.motion
         if scene is not None:
             picture = _fit(scene, cfg.height, cfg.width)
+            frames = reference.frames[: frames_of_latents((len(reference.frames) - 1) // FRAMES_PER_LATENT + 1)]
             mattes = person_mattes(frames)
             if len(detect_faces(picture)):
                 mattes = mattes * ~blank_head(picture)[1]
             video = to_video(place_person(frames, mattes, picture)).to(self.device)
-        latents = self.vae.normalize(self.vae.encode(video)[0].float())[:, :, 1:]
+            latents = self.vae.normalize(self.vae.encode(video)[0].float())[:, :, 1:]
+            if motion is not None:
+                motion = read_motion(to_video(frames).to(self.device), self.motion)[:, 1:]
         mask, late = (mask.to(latents) for mask in guide_masks(*cfg.latent_size))
         moves, slopes = moves_of(latents, mask), slopes_of(latents, motion)
         return Likeness(tuple(times), latents, motion, mask, late, moves, slopes)

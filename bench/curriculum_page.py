@@ -23,7 +23,8 @@ mean square of the predicted velocity's error on held-out people, at three times
 faces look through the motion encoder that also reads the mouth opening here; LSE-C* and the offset are of a network
 that no loss knows. What is read of a style is partly the face's (`bench/quality/style.py`): `a2v`, which is shown a
 picture and nothing of how anybody moves, is above one half in it too, so take a rank for a style with that in mind. The
-sampler's settings of `tiny` were chosen on these cases, twenty of them and then twelve.
+sampler's settings of `tiny` were chosen on these cases, twenty of them and then twelve. A column of an earlier commit
+was made with that commit's sampler.
 """
 MEASURES = (
     ("identity_top1", "its own reference is the nearest"), ("identity", "face similarity"), ("lse_c_star", "LSE-C*"),

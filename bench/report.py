@@ -73,16 +73,19 @@ def _quality(data: dict) -> list[str]:
 
 def _summary(sets: list[dict]) -> list[str]:
     """The shipped weights on every set, beside the true videos, then everything that could not be scored."""
-    columns, scored, first = {}, [], sets[0]
+    columns, scored = {}, []
+    commits: dict[str, list[str]] = {}
     for data in sets:
         r = data["result"]
+        commits.setdefault(data["machine"]["commit"], []).append(r["set"])
         shown = {name: r["systems"][name] for name in ("truth", "tiny") if name in r["systems"]}
         columns |= {f"{name}, {r['cases']} {r['set']}": system["mean"] for name, system in shown.items()}
         scored += ["", *_scored(r, shown)]
-    r, m = first["result"], first["machine"]
+    # One commit, or the sets that each of them measured.
+    at = ", ".join(c if len(commits) == 1 else f"{c} ({' and '.join(found)})" for c, found in commits.items())
     return [
         "",
-        f"Weights {r['weights']}, commit {m['commit']}; copies with known faults beside them: `{QUALITY_PAGE}`.",
+        f"Weights {sets[0]['result']['weights']}, commit {at}; copies with known faults beside them: `{QUALITY_PAGE}`.",
         "",
         *_measured(r["measures"], columns),
         *scored,
