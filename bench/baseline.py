@@ -1,8 +1,9 @@
 """What the engine is measured against: the same weights in plain torch, as an expert would write it without our ops.
 
-``PlainDiT`` runs under bf16 autocast with ``F.scaled_dot_product_attention`` over concatenated keys and values. Given
-the reference's context it computes the reference's rows beside the generated ones in every pass, as TAVR's code does;
-given their keys and values it reads those, which is our cache granted to it. ``PlainDecoder`` is the VAE's decoder the
+``PlainDiT`` runs under bf16 autocast, or in fp32 where the processor has no bf16, with
+``F.scaled_dot_product_attention`` over concatenated keys and values. Given the reference's context it computes the
+reference's rows beside the generated ones in every pass, as TAVR's code does; given their keys and values it reads
+those, which is our cache granted to it. ``PlainDecoder`` is the VAE's decoder the
 same way. Position tables are made once per shape. Nothing here calls ``avatar_rt.ops`` between noise and frames.
 """
 
@@ -280,9 +281,14 @@ class PlainDecoder(nn.Module):
 
 
 class Plain:
-    """A request end to end in plain torch; ``compiled``: ``torch.compile`` on both networks, and our cache granted."""
+    """A request end to end in plain torch; ``compiled``: ``torch.compile`` on both networks, and our cache granted.
 
-    def __init__(self, engine: AvatarEngine, *, compiled: bool = False, dtype: torch.dtype = torch.bfloat16) -> None:
+    ``dtype``: bf16 by autocast, or fp32; None is the engine's, for torch in bf16 is many times slower than in fp32 where
+    the processor has no such arithmetic.
+    """
+
+    def __init__(self, engine: AvatarEngine, *, compiled: bool = False, dtype: torch.dtype | None = None) -> None:
+        dtype = dtype or engine.dtype
         self.engine, self.cached, self.dtype = engine, compiled, dtype
         dit, vae = getattr(engine.dit, "dit", engine.dit), getattr(engine.vae, "vae", engine.vae)  # the modules
         self.dit, self.decoder = PlainDiT(dit).eval(), PlainDecoder(vae, dtype).eval()
