@@ -283,8 +283,8 @@ class PlainDecoder(nn.Module):
 class Plain:
     """A request end to end in plain torch; ``compiled``: ``torch.compile`` on both networks, and our cache granted.
 
-    ``dtype``: bf16 by autocast, or fp32; None is the engine's, for torch in bf16 is many times slower than in fp32 where
-    the processor has no such arithmetic.
+    ``dtype``: bf16 by autocast, or fp32; None is the engine's, for where the processor has no bf16, torch is many times
+    slower in it than in fp32.
     """
 
     def __init__(self, engine: AvatarEngine, *, compiled: bool = False, dtype: torch.dtype | None = None) -> None:

@@ -258,8 +258,11 @@ def run_all(a: argparse.Namespace, run: Callable[[list[str]], None] = train) -> 
 def sweep(
     leg: Leg, folder: Path, bundle: Path, sources: list[Source], quality: dict[str, Any], a: argparse.Namespace
 ) -> dict[str, Any]:
-    """The same leg with references of 1 to 8 seconds; ``quality`` is of 8, for the cases' are that long. Every length is
-    held against all of the reference: held against its own frames, a shorter one would be the easier to resemble."""
+    """The same leg with references of 1 to 8 seconds; ``quality`` is of 8, for the cases' are that long.
+
+    Every length is held against all of the reference: against its own few frames, a shorter one would be the easier to
+    resemble.
+    """
     *shorter, longest = REFERENCE_SECONDS
     out = {}
     for seconds in shorter:

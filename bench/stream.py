@@ -2,8 +2,9 @@
 
 The same reference, sound, noise and sampling through the engine's own ``generate``, through plain eager torch and
 through ``torch.compile`` (``bench.baseline``), sound to finished file. Each is held against an fp32 run first: one that
-errs more than twice as much as plain torch in the engine's dtype posts no number (or, in fp32, more than LEAST). Then they take turns, every second round backwards;
-ratios are medians over rounds. CPU time counts every thread of the process, so that a busy machine cannot stretch it.
+errs more than twice as much as plain torch in the engine's dtype posts no number (or, in fp32, more than LEAST). Then
+they take turns, every second round backwards; ratios are medians over rounds. CPU time counts every thread of the
+process, so that a busy machine cannot stretch it.
 The last line printed is one JSON document.
 """
 

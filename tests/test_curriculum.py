@@ -173,9 +173,18 @@ def test_the_shipped_weights_are_measured_and_not_trained(tmp_path: Path, monkey
 
 
 def test_every_length_of_a_reference_is_held_against_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given, held = [], []
-    monkeypatch.setattr(curriculum, "make_videos", lambda leg, b, videos, sources, n: given.append(sources[0].seconds))
-    monkeypatch.setattr(curriculum, "measure", lambda videos, b, sources, n: held.append(sources[0].seconds) or {"n": 1})
+    given: list[float | None] = []
+    held: list[float | None] = []
+
+    def made(leg, bundle, videos, sources, steps) -> None:
+        given.append(sources[0].seconds)
+
+    def measured(videos, bundle, sources, workers) -> dict[str, int]:
+        held.append(sources[0].seconds)
+        return {"n": 1}
+
+    monkeypatch.setattr(curriculum, "make_videos", made)
+    monkeypatch.setattr(curriculum, "measure", measured)
     a = argparse.Namespace(solver_steps=None, workers=1)
     found = curriculum.sweep(LEGS[-2], tmp_path, tmp_path, [Source(tmp_path)], {"n": 8}, a)
     assert given == [1, 2, 4] and held == [None] * 3

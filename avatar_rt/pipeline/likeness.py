@@ -21,14 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from avatar_rt.models.motion import (
-    FRAMES_PER_LATENT,
-    MOTION_NAMES,
-    ROTATION,
-    TRANSLATION,
-    motion_index,
-    mouth_channels,
-)
+from avatar_rt.models.motion import FRAMES_PER_LATENT, MOTION_NAMES, ROTATION, TRANSLATION, motion_index, mouth_channels
 
 MOUTH = (0.5, 0.67, 0.114, 0.0855)  # of a face-centred crop, in crop sizes: middle x, y and radii of an ellipse
 _SOFT = 0.667  # of the ellipse's squared radius: its edge
