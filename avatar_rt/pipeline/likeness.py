@@ -84,13 +84,14 @@ class Likeness:
         assert self.motion is not None
         theirs, rest = self.motion[0].float(), ~mouth_channels(motion.shape[-1]).to(motion.device)
         target = torch.cdist(_weighed(motion[0]), _weighed(theirs)).square()
-        first, last = theirs[:, rest].chunk(FRAMES_PER_LATENT, 1)[0], theirs[:, rest].chunk(FRAMES_PER_LATENT, 1)[-1]
+        head = theirs[:, rest]
+        first, *_, last = head.chunk(FRAMES_PER_LATENT, 1)
         going_on = torch.cat([first[1:], last[-1:]])
         join = JOIN * torch.cdist(going_on, first).square() + LEAVE
         join.diagonal(1).zero_()
         cost, ways = target[0], []
         if before is not None and before.shape[1] and bool(rest.any()):
-            carried = torch.cdist(before[0, -1:, rest].float(), theirs[:, rest])[0].argmin()
+            carried = torch.cdist(before[0, -1:, rest].float(), head)[0].argmin()
             cost = cost + join[carried]
         for row in target[1:]:
             through = cost[:, None] + join
