@@ -367,8 +367,7 @@ PRESETS: dict[str, AvatarConfig] = {
                       temporal_downsample=(True, True), patch=2, time_kernel=(1, 1, 1)),
         text=TextConfig(dim=64, length=16, buckets=512),
         chunk=ChunkConfig(latents=8, overlap=2, ease=0.55, lead_in=True),
-        sampling=SamplingConfig(steps=20, shift=3.0, motion_scale=3.0, motion_temperature=0.4,
-                                likeness=(0.95, 0.91, 0.86, 0.76, 0.7, 0.65, 0.6, 0.5, 0.45, 0.4, 0.3, 0.2)),
+        sampling=SamplingConfig(steps=12, shift=2.0, motion_temperature=0.4, likeness=(0.8, 0.5, 0.2)),
     ),
     "wan_1_3b": AvatarConfig(
         name="wan_1_3b", height=480, width=832, vae=_WAN_VAE,

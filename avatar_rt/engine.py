@@ -24,7 +24,7 @@ from avatar_rt.media.stream import SpeechFile
 from avatar_rt.media.writer import EXTENSIONS, check_output
 from avatar_rt.models.dit import VideoRefDiT
 from avatar_rt.models.guided import GuidedDiT, refuses_guided
-from avatar_rt.models.motion import FRAMES_PER_LATENT, MotionEncoder
+from avatar_rt.models.motion import FRAMES_PER_LATENT, MOTION_NAMES, MotionEncoder, ungroup_motion
 from avatar_rt.models.speech import SpeechEncoder
 from avatar_rt.models.streamed import StreamedVAE, refuses_streamed
 from avatar_rt.models.text import TextEncoder
@@ -32,7 +32,7 @@ from avatar_rt.models.vae import VideoVAE
 from avatar_rt.models.weights import load_weights
 from avatar_rt.ops.schedule import set_cpu_schedule, set_gpu_tiles
 from avatar_rt.pipeline.denoise import Scene
-from avatar_rt.pipeline.likeness import Likeness, guide_masks, moves_of, slopes_of
+from avatar_rt.pipeline.likeness import Likeness
 from avatar_rt.pipeline.reference import encode_reference, offload_cache, read_motion, read_reference, to_video
 from avatar_rt.prepared import SUFFIX, Reference
 from avatar_rt.runtime.graph import Graphed
@@ -41,7 +41,8 @@ from avatar_rt.runtime.trace import stage
 from avatar_rt.runtime.tuning import Settings, tuning_for
 from avatar_rt.runtime.turns import Turns
 from avatar_rt.scene.image import blank_head, latent_mask
-from avatar_rt.scene.matte import person_mattes, place_person
+from avatar_rt.scene.matte import person_mattes
+from avatar_rt.scene.performance import Performance
 from avatar_rt.session import Session
 
 Path_ = str | os.PathLike[str]
@@ -228,26 +229,24 @@ class AvatarEngine:
         """The reference's person as a guide for the solver at ``times``; None where there are none.
 
         In a scene uint8 [H, W, 3] that shows somebody, the guide is that picture with the reference's head; in an empty
-        one, it is the person with all that is seen of them; without a scene, it is the reference as it is. Before a
-        scene it is all of the clip; without one, what of it the transformer attends to, which is encoded already.
+        one, it is the person with all that is seen of them; without a scene, it is the reference as it is. None also of
+        a model without this engine's motion stream, for by that a guide moves.
         """
-        if not times:
+        if not times or self.config.dit.motion_dim != FRAMES_PER_LATENT * len(MOTION_NAMES):
             return None
-        cfg, context = self.config, reference.context
-        latents, motion = context.latents[:, : cfg.dit.latent_channels], context.motion
+        cfg, mattes, picture = self.config, None, None
+        frames = reference.frames[: frames_of_latents((len(reference.frames) - 1) // FRAMES_PER_LATENT + 1)]
         if scene is not None:
-            picture = _fit(scene, cfg.height, cfg.width)
-            frames = reference.frames[: frames_of_latents((len(reference.frames) - 1) // FRAMES_PER_LATENT + 1)]
-            mattes = person_mattes(frames)
+            picture, mattes = _fit(scene, cfg.height, cfg.width), person_mattes(frames)
             if len(detect_faces(picture)):
                 mattes = mattes * ~blank_head(picture)[1]
-            video = to_video(place_person(frames, mattes, picture)).to(self.device)
-            latents = self.vae.normalize(self.vae.encode(video)[0].float())[:, :, 1:]
-            if motion is not None:
-                motion = read_motion(to_video(frames).to(self.device), self.motion)[:, 1:]
-        mask, late = (mask.to(latents) for mask in guide_masks(*cfg.latent_size))
-        moves, slopes = moves_of(latents, mask), slopes_of(latents, motion)
-        return Likeness(tuple(times), latents, motion, mask, late, moves, slopes)
+        motion = ungroup_motion(read_motion(to_video(frames).to(self.device), self.motion))[0]
+        poses = self.motion.denormalize(motion).cpu().numpy()
+
+        def encode(pictures: np.ndarray) -> Tensor:
+            return self.vae.normalize(self.vae.encode(to_video(pictures).to(self.device))[0].float())
+
+        return Likeness(tuple(times), Performance(frames, motion.float().cpu(), poses, mattes, picture), encode)
 
     # ---- generation ------------------------------------------------------------------------------------------------
 

@@ -17,9 +17,10 @@ from torch import Tensor
 from avatar_rt.config import SAMPLE_RATE, SAMPLES_PER_FRAME, AvatarConfig, SamplingConfig
 from avatar_rt.errors import InputError
 from avatar_rt.models.dit import VideoRefDiT
+from avatar_rt.models.motion import MotionEncoder
 from avatar_rt.models.speech import SpeechEncoder
 from avatar_rt.models.vae import VideoVAE
-from avatar_rt.pipeline.decode import decode_chunk, still_of
+from avatar_rt.pipeline.decode import decode_chunk, motion_of, still_of
 from avatar_rt.pipeline.denoise import ChunkState, Conditions, Scene, denoise_chunk
 from avatar_rt.pipeline.likeness import Likeness
 from avatar_rt.pipeline.reference import ReferenceCache, encode_reference, pack_cache
@@ -38,6 +39,7 @@ class Models(Protocol):
     dit: VideoRefDiT
     vae: VideoVAE
     speech: SpeechEncoder
+    motion: MotionEncoder
     turns: Turns
 
     def embed_text(self, prompt: str = "") -> Tensor:
@@ -69,6 +71,8 @@ class ChunkStats:
         generation: Interruptions before it.
         index, start, frames: Which chunk it is, its first frame, how many frames it has.
         sound: fp32 [S] at 16 kHz, what is to be played with these frames.
+        motion: fp32 [frames, 62] in natural units (``models.motion.MOTION_NAMES``), the face's motion that was
+            generated with these frames; None from a model without a motion stream.
         seconds: ``turn`` (waiting for the engine), ``denoise`` (with the speech encoder) and ``decode``.
     """
 
@@ -77,6 +81,7 @@ class ChunkStats:
     start: int = 0
     frames: int = 0
     sound: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    motion: np.ndarray | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -214,7 +219,9 @@ class Session:
                     continue  # an interruption came while it was decoded
                 count, sound = show
                 self._decoder = decoder
-                self.stats = ChunkStats(generation, made.head.index - 1, start, count, sound, seconds)
+                motion = motion_of(engine.motion, made.content, len(frames))
+                told = None if motion is None else motion[:count]
+                self.stats = ChunkStats(generation, made.head.index - 1, start, count, sound, told, seconds)
                 yield frames[:count]
 
     def _denoise(self, wait: bool, idle_after: float | None, stopped: Callable[[], bool]) -> bool:

@@ -351,7 +351,7 @@ class Plain:
         mask[:, :, :n] = 1
         kv = (reference.cache.k, reference.cache.v)
         likeness = self.engine.likeness(reference, None, cfg.sampling.likeness)
-        believed = motion
+        believed, guide = motion, None
         for t, t_next in pairwise(schedule.times):
             frames_t = torch.full((1, plan.latents), t, device=device)
             frames_t[:, :n] = 0
@@ -368,19 +368,18 @@ class Plain:
                 vm = None if vm is None else vm + p.motion_weight * dm
             if motion is not None and vm is not None:
                 believed = motion - frames_t[:, :, None] * vm
-            led = None
-            if likeness is not None and likeness.applies(t, t_next):
-                moved, held = (None, None) if believed is None else (believed[:, n:], believed[:, :n])
-                after, led = likeness.step(z[:, :, n:], v[:, :, n:], t, t_next, moved, held)
-            else:
-                after = z[:, :, n:] + (t_next - t) * v[:, :, n:]
+            after = z[:, :, n:] + (t_next - t) * v[:, :, n:]
+            moving = None if motion is None or vm is None else motion[:, n:] + (t_next - t) * vm[:, n:]
+            if likeness is not None and motion is not None and believed is not None and vm is not None:
+                if likeness.begins(t, t_next):
+                    guide = likeness.guide(believed[:, n:], believed[:, :n])
+                if guide is not None and likeness.leads(t):
+                    after, moving = guide.step(z[:, :, n:], v[:, :, n:], motion[:, n:], vm[:, n:], t, t_next)
             z = torch.cat([z[:, :, :n], after], 2)
-            if motion is not None and vm is not None:
-                moving = motion[:, n:] + (t_next - t) * vm[:, n:]
-                if led is not None:
-                    moving = (1 - t_next) * led + t_next * (motion[:, n:] + (1 - t) * vm[:, n:])
+            if motion is not None and moving is not None:
                 motion = torch.cat([motion[:, :n], moving], 1)
-        z, held = settle(z, n, ChunkState() if carried is None else carried, cfg.chunk, reference.scene.kept)
+        state, led = ChunkState() if carried is None else carried, likeness is not None
+        z, held = settle(z, n, state, cfg.chunk, reference.scene.kept, led)
         keep = z.shape[2] - cfg.chunk.overlap
         anchor = carried.anchor if carried is not None else z[:, :, :1]
         if carried is None and cfg.chunk.lead_in:

@@ -3,8 +3,8 @@
 Every leg is one run of ``python -m training.train`` (in a process of its own, resumed where it was cut off), then the
 procedural cases generated with its weights, then ``bench.quality`` over them. What is done is kept in ``OUT/LEG`` and
 not done again, so the command may be stopped at any moment and given again; ``--legs`` takes some of them,
-``--measure`` trains nothing. The legs ``tiny`` and ``tiny.no_reference`` are the shipped weights, which are not trained
-here. The last line printed is one JSON document; with ``--write`` it becomes ``bench/results/curriculum.json`` and
+``--measure`` trains nothing. The legs ``tiny`` and ``tiny.*`` are the shipped weights, which are not trained here. The
+last line printed is one JSON document; with ``--write`` it becomes ``bench/results/curriculum.json`` and
 ``docs/curriculum.md``. Give a folder of its own to other step counts.
 """
 
@@ -26,6 +26,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from avatar_rt.config import AvatarConfig
 from avatar_rt.engine import AvatarEngine
 from avatar_rt.errors import AvatarError, InputError
 from avatar_rt.media.reader import read_video
@@ -48,7 +49,8 @@ STEPS = {"t2v": 2000, "a2v": 1500, "personality": 3000}
 class Leg:
     """One run: a recipe, the leg whose weights it begins with, the stage it belongs to, what its model sees.
 
-    ``shipped``: no run, but the weights of the package, which stage 3 trained with all conditions at once.
+    ``shipped``: no run, but the weights of the package, which stage 3 trained with all conditions at once. ``alone``:
+    without the sampler's likeness.
     """
 
     recipe: str
@@ -56,6 +58,7 @@ class Leg:
     after: str | None
     sees: Sees
     shipped: bool = False
+    alone: bool = False
 
     @property
     def name(self) -> str:
@@ -78,6 +81,7 @@ LEGS = (
     Leg("personality.same_scene", "personality", "a2v", Sees()),
     Leg("tiny", "personality", None, Sees(), shipped=True),
     Leg("tiny.no_reference", "personality", None, Sees(reference=False), shipped=True),
+    Leg("tiny.alone", "personality", None, Sees(), shipped=True, alone=True),
 )
 SWEPT = ("personality", "tiny")
 """Legs that are also measured with references of 1, 2, 4 and 8 seconds."""
@@ -157,7 +161,10 @@ def make_bundle(leg: Leg, folder: Path, corpus: Path) -> Path:
     """A leg's weights and the corpus' encoders as a bundle."""
     bundle, own = folder / "bundle", shipped_bundle() if leg.shipped else folder
     bundle.mkdir(parents=True, exist_ok=True)
-    shutil.copy(own / "config.json", bundle)
+    config = AvatarConfig.from_json((own / "config.json").read_text())
+    if leg.alone:
+        config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, likeness=()))
+    (bundle / "config.json").write_text(config.to_json())
     for source, names in ((own if leg.shipped else corpus / "weights", PARTS), (own, ("dit", "text"))):
         for name in names:
             if (source / f"{name}.safetensors").is_file():

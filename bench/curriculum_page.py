@@ -17,14 +17,17 @@ Written by `python -m bench.curriculum --write` from `bench/results/curriculum.j
 weights of the one before it; an ablation is the same stage with one thing taken away. Each makes the videos of the same
 rendered people whom no training saw, with only what its model was trained with: `t2v` gets a caption, `a2v` speech and
 a picture of the person, `personality` speech, a place and a reference of another scene. `tiny` is the shipped weights,
-which stage 3 trained for longer with all conditions at once (`personality.together`), and `tiny.no_reference` the same
-weights with nobody to refer to. `bench.quality` scores them; `n/a` is what could not be measured. The flow error is the
-mean square of the predicted velocity's error on held-out people, at three times, whole chunks. The losses on decoded
-faces look through the motion encoder that also reads the mouth opening here; LSE-C* and the offset are of a network
-that no loss knows. What is read of a style is partly the face's (`bench/quality/style.py`): `a2v`, which is shown a
-picture and nothing of how anybody moves, is above one half in it too, so take a rank for a style with that in mind. The
-sampler's settings of `tiny` were chosen on these cases, twenty of them and then twelve. A column of an earlier commit
-was made with that commit's sampler.
+which stage 3 trained for longer with all conditions at once (`personality.together`), `tiny.no_reference` the same
+weights with nobody to refer to, and `tiny.alone` the same with a reference but without the sampler's `likeness`, which
+puts the reference's own frames into the estimate: what `tiny` shows of a face is mostly that, and how it moves is the
+model's. `bench.quality` scores them; `n/a` is what could not be measured. The flow error is the mean square of the
+predicted velocity's error on held-out people, at three times, whole chunks. The losses on decoded faces look through
+the motion encoder that also reads the mouth opening here; LSE-C* and the offset are of a network that no loss knows.
+What is read of a style is partly the face's (`bench/quality/style.py`): `a2v`, which is shown a picture and nothing of
+how anybody moves, is above one half in it too, so take a rank for a style with that in mind. The sampler's settings of
+`tiny` were chosen on eighteen other people (`python -m training.data.cases --first 36`), but for the motion's
+temperature, chosen on twelve of these; how a person is cut out was looked at on both. A column of an earlier commit was
+made with that commit's sampler.
 """
 MEASURES = (
     ("identity_top1", "its own reference is the nearest"), ("identity", "face similarity"), ("lse_c_star", "LSE-C*"),
@@ -173,17 +176,20 @@ def scores(legs: dict[str, Any]) -> list[str]:
 
 
 def lengths(legs: dict[str, Any]) -> list[str]:
-    """Identity over the reference's seconds, and whether longer is never worse."""
-    rows, said = [["run", "seconds", "similarity to all of the reference", "it is the nearest", "LSE-C*"]], []
+    """What depends on the reference's seconds, and whether longer is never worse for the face's similarity."""
+    keys = ("identity", "identity_top1", "mouth_r", "loop_r", "style_distance", "lse_c_star")
+    rows, said = [["run", "seconds", "similarity to all of the reference", "it is the nearest", "mouth opening, r",
+                   "generated motion against seen, r", "style distance", "LSE-C*"]], []  # fmt: skip
     for name, entry in legs.items():
         curve = []
         for seconds, found in entry.get("seconds", {}).items():
-            values = [quality(k)({"quality": found}) for k in ("identity", "identity_top1", "lse_c_star")]
+            values = [quality(k)({"quality": found}) for k in keys]
             curve.append(values[0])
             rows.append([name, seconds, *map(number, values)])
         if curve and None not in curve:
             rising = all(a <= b for a, b in pairwise(curve))  # type: ignore[operator]
-            said += ["", f"{name}: longer references are {'never worse' if rising else 'not always better'}."]
+            said += ["", f"{name}, face similarity: longer references are "
+                         f"{'never worse' if rising else 'not always better'}."]  # fmt: skip
     return [*table(rows), *said]
 
 

@@ -15,13 +15,14 @@ import pytest
 import torch
 from small_stages import CFG, SmallTable, networks
 
-from avatar_rt.config import SamplingConfig
+from avatar_rt.config import MOTION_CHANNELS, SamplingConfig
 from avatar_rt.engine import AvatarEngine
 from avatar_rt.errors import InputError
 from avatar_rt.models.weights import save_weights
 from bench import curriculum, curriculum_page
 from bench.curriculum import LEGS, chosen, main, read_metrics, steps_of
 from bench.quality.cases import CASES, Source, read_case
+from bench.quality.generate import generate as generate_video
 from bench.quality.partial import Sees, generate, passes
 from training.recipes import a2v, personality, t2v
 from training.train import train
@@ -154,6 +155,14 @@ def test_a_model_generates_without_what_it_lacks(corpus: Path, tmp_path: Path) -
         assert same  # an untrained model's speech adds nothing yet, and stage 1 hears nothing at all
 
 
+def test_a_whole_model_generates_as_it_does_for_its_users() -> None:
+    case, engine = read_case(CASES / "case-00"), AvatarEngine()
+    case = dataclasses.replace(case, speech=case.speech[:8000])
+    made = generate(engine, case, Sees(), seed=3, steps=2)
+    assert made.motion is not None and made.motion.shape == (13, MOTION_CHANNELS)
+    assert np.array_equal(made.clip.frames, generate_video(engine, case, seed=3, steps=2).frames)
+
+
 def test_the_shipped_weights_are_measured_and_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(curriculum, "SWEPT", ())
 
@@ -232,7 +241,9 @@ def test_the_page_says_what_is_met_and_what_is_not() -> None:
     assert rows["stage 3 knows how, personality: others further in style"] == "no"
     assert rows["motion stream, personality: generated motion is seen"] == "yes"
     assert rows["stage 3 knows who, tiny: top-1"] == "not measured"
-    assert "personality: longer references are not always better." in text and "36 cases; a CPU" in text
+    assert (
+        "personality, face similarity: longer references are not always better." in text and "36 cases; a CPU" in text
+    )
     legs["personality"]["quality"]["mean"] |= {"style_top1": 8 / 36, "style_auc": 0.62}
     text = curriculum_page.page({"legs": legs, "machine": {"cpu": "a CPU", "torch": "2", "commit": "abc"}})
     assert "style finds its own | 0.222 | personality.no_reference | n/a | above chance | yes |" in text

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from avatar_rt.scene.matte import EVERY, STRIP, _grab, _prior, person_mattes, place_person
+from avatar_rt.scene.matte import EVERY, STRIP, _grab, _prior, _standing, person_mattes, place_person
 
 SIZE = 96
 
@@ -26,6 +26,8 @@ def _clip(count: int, hair: tuple[int, int, int] = (40, 30, 25), seed: int = 0) 
         ):
             cv2.ellipse(frame, at, axes, 0, 0, 360, colour, -1)
             cv2.ellipse(mask, at, axes, 0, 0, 360, 1, -1)
+        for eye in (-8, 8):
+            cv2.ellipse(frame, (middle + eye, 44 + round(2 * np.cos(i / 4))), (4, 2), 0, 0, 360, (40, 30, 60), -1)
         cv2.rectangle(frame, (middle - 8, 70), (middle + 8, 90), (195, 150, 120), -1)
         cv2.rectangle(mask, (middle - 8, 70), (middle + 8, 90), 1, -1)
         noise = rng.normal(0, 3, frame.shape)
@@ -92,3 +94,21 @@ def test_places_the_person_before_a_scene() -> None:
     made = place_person(frames, mattes, scene)
     assert made.dtype == np.uint8
     assert (made[0, 1:3] == 200).all() and (made[0, 0] == 100).all() and (made[1] == 150).all()
+
+
+def test_a_pattern_that_stands_while_the_head_moves_is_behind_it() -> None:
+    """Also one of the hair's colour, beside the hair; of a head that does not move nothing is said."""
+    frames, masks = _clip(41)
+    at = np.s_[:, 20:60, 4:16]
+    boxes = (np.indices((40, 12)).sum(0) // 5 % 2).astype(bool)
+    frames[at][:, boxes] = (40, 30, 25)
+    standing = _standing(frames)
+    assert standing[22:58, 6:14].mean() > 0.3 and not standing[masks.any(0)].any()
+    assert person_mattes(frames)[at].mean() < 0.05
+    assert not _standing(frames[:1].repeat(9, 0)).any()
+
+
+def test_an_outline_that_a_turning_head_does_not_move_is_no_wall() -> None:
+    frames, _ = _clip(41)
+    frames[:, 8:12, 30:66] = (250, 250, 250)  # a crown's edge, up and down alone
+    assert not _standing(frames)[5:15, 32:64].any()

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from avatar_rt import ops
-from avatar_rt.config import ChunkConfig, SamplingConfig
+from avatar_rt.config import MOTION_CHANNELS, ChunkConfig, MotionConfig, SamplingConfig
 from avatar_rt.errors import InputError
+from avatar_rt.models.motion import MotionEncoder
+from avatar_rt.pipeline.decode import motion_of
+from avatar_rt.pipeline.denoise import LatentChunk
 from avatar_rt.pipeline.schedule import flow_times, guidance_passes, make_schedule
 from avatar_rt.scene.image import blank_head, latent_mask
 
@@ -110,6 +113,19 @@ def test_noise_belongs_to_the_absolute_latent() -> None:
     assert not torch.equal(first, schedule.noise(schedule.plan(0), 1, (4, 2, 2)))
     other = make_schedule(SamplingConfig(steps=2), ChunkConfig(latents=8, overlap=2), 6, has_text=False)
     assert not torch.equal(first, other.noise(other.plan(0), 0, (4, 2, 2)))
+
+
+def test_motion_is_told_of_the_frames_that_are_shown() -> None:
+    torch.manual_seed(0)
+    encoder = MotionEncoder(MotionConfig(size=32, base_dim=8))
+    encoder.mean.fill_(1.0)
+    encoder.std.fill_(2.0)
+    tokens = torch.arange(8.0).view(1, 2, 4, 1).expand(-1, -1, -1, MOTION_CHANNELS).flatten(2)
+    latents = torch.zeros(1, 16, 2, 4, 4)
+    told = motion_of(encoder, LatentChunk(latents, tokens, 0, 3), 5)  # three of the first latent's lie before the video
+    assert told is not None and told[:, 0].tolist() == [7, 9, 11, 13, 15] and told.shape == (5, MOTION_CHANNELS)
+    assert motion_of(encoder, LatentChunk(latents, None, 0), 5) is None
+    assert motion_of(encoder, LatentChunk(latents, tokens[..., :6], 0), 5) is None
 
 
 def test_blanked_head_leaves_the_place() -> None:

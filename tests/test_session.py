@@ -16,6 +16,7 @@ from serve_client import until
 from avatar_rt import AvatarEngine, InputError
 from avatar_rt.config import SAMPLE_RATE, SAMPLES_PER_FRAME
 from avatar_rt.media.audio import read_audio
+from avatar_rt.models.motion import MOTION_NAMES, ROTATION
 from avatar_rt.runtime.stream import AHEAD
 from avatar_rt.session import Reference, Session
 
@@ -144,6 +145,8 @@ def test_stats_tell_of_each_chunk_and_its_sound(engine: AvatarEngine, reference:
         seen.append((stats.index, stats.start, stats.frames))
         played.append(stats.sound)
         assert stats.frames == len(frames) and len(stats.sound) == len(frames) * SAMPLES_PER_FRAME
+        assert stats.motion is not None and stats.motion.shape == (len(frames), len(MOTION_NAMES))
+        assert np.abs(stats.motion[:, ROTATION]).max() < 1  # radians
         assert set(stats.seconds) == {"turn", "denoise", "decode"} and stats.seconds["denoise"] > 0
     assert seen == [(0, 0, 29), (1, 29, 24), (2, 53, 24), (3, 77, 20)]
     sound = np.concatenate(played)
@@ -159,7 +162,7 @@ def test_a_slow_consumer_stops_generation(engine, reference, speech, slow) -> No
     session.push_audio(np.tile(speech, 3))
     frames = session.frames()
     next(frames)
-    until(lambda: slow.steps >= first + AHEAD * later)
+    until(lambda: len(session._stream._made) == AHEAD)
     time.sleep(0.3)
     assert slow.steps == first + AHEAD * later and len(session._stream._made) == AHEAD
     next(frames)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from avatar_rt.models.motion import FRAMES_PER_LATENT, MotionEncoder
 from avatar_rt.models.streamed import StreamedVAE
 from avatar_rt.models.vae import VideoVAE
 from avatar_rt.pipeline.denoise import LatentChunk
@@ -39,6 +40,15 @@ def decode_chunk(
     else:
         video, state = vae.decode_step(z, state)
     return FrameChunk(to_pictures(video[0], scale), 0 if chunk.start == 0 else 4 * chunk.start - 3), state
+
+
+def motion_of(encoder: MotionEncoder, chunk: LatentChunk, frames: int) -> np.ndarray | None:
+    """The motion of a chunk's ``frames`` pictures, fp32 [frames, 62] in natural units; None where none was generated,
+    or one of another motion space than the encoder's."""
+    if chunk.motion is None or chunk.motion.shape[-1] != FRAMES_PER_LATENT * encoder.cfg.channels:
+        return None
+    each = chunk.motion.float().reshape(1, -1, encoder.cfg.channels)
+    return np.asarray(encoder.denormalize(each)[0, -frames:].cpu().numpy())
 
 
 def still_of(vae: VideoVAE | StreamedVAE, latents: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from avatar_rt.config import AvatarConfig, ChunkConfig, DiTConfig
 from avatar_rt.models.dit import VideoRefDiT, with_masks
 from avatar_rt.models.guided import GuidedDiT, Pass
 from avatar_rt.models.motion import rest_tokens
-from avatar_rt.pipeline.likeness import Likeness
+from avatar_rt.pipeline.likeness import Guide, Likeness
 from avatar_rt.pipeline.reference import ReferenceCache
 from avatar_rt.pipeline.schedule import ChunkPlan, GuidancePass, Schedule, level
 from avatar_rt.runtime.trace import stage
@@ -135,9 +135,10 @@ def solve(
     likeness: Likeness | None = None,
 ) -> tuple[Tensor, Tensor | None] | None:
     """Latents [1, C, T, h, w] and motion [1, T, M] from the first of ``times`` to the last by Euler steps, but for the
-    ``n`` carried ones, which are clean. Some steps go through the guide where there is a ``likeness``. None
+    ``n`` carried ones, which are clean. With a ``likeness``, some steps go through its guides. None
     when ``cancelled`` (asked before each step) answers True."""
     believed, resting = motion, None  # clean motion; what is carried is clean, and at t = 1 the rest counts for nothing
+    guide: Guide | None = None
     carried = torch.zeros(1, 1, z.shape[2], 1, 1, device=z.device)
     carried[:, :, :n] = 1
     for t, t_next in pairwise(times):
@@ -151,30 +152,30 @@ def solve(
             v, vm = velocity(with_masks(z, cfg, 0, carried), t_frames, motion, resting)
         if motion is not None and vm is not None:
             believed = motion - t_frames[:, :, None] * vm
-        told = None
-        if likeness is not None and likeness.applies(t, t_next):
-            moved, held = (None, None) if believed is None else (believed[:, n:], believed[:, :n])
-            after, told = likeness.step(z[:, :, n:], v[:, :, n:], t, t_next, moved, held)
-        else:
-            after = ops.flow_step(z[:, :, n:], v[:, :, n:], t, t_next)
+        after = ops.flow_step(z[:, :, n:], v[:, :, n:], t, t_next)
+        moving = None if motion is None or vm is None else ops.flow_step(motion[:, n:], vm[:, n:], t, t_next)
+        if likeness is not None and motion is not None and believed is not None and vm is not None:
+            if likeness.begins(t, t_next):
+                guide = likeness.guide(believed[:, n:], believed[:, :n])
+            if guide is not None and likeness.leads(t):
+                after, moving = guide.step(z[:, :, n:], v[:, :, n:], motion[:, n:], vm[:, n:], t, t_next)
         z = torch.cat([z[:, :, :n], after], dim=2)
-        if motion is not None and vm is not None:
-            if told is None:
-                moving = ops.flow_step(motion[:, n:], vm[:, n:], t, t_next)
-            else:
-                moving = torch.lerp(told, motion[:, n:] + (1 - t) * vm[:, n:], t_next)
+        if motion is not None and moving is not None:
             motion = torch.cat([motion[:, :n], moving], dim=1)
     return z, motion
 
 
-def settle(z: Tensor, n: int, state: ChunkState, chunk: ChunkConfig, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """A chunk's latents [1, C, T, h, w] as they are shown and carried on: held at the first chunk's level, and eased in
-    after the ``n`` carried ones. Also the level [1, C, 1, h, w] that the next chunk is held at."""
+def settle(
+    z: Tensor, n: int, state: ChunkState, chunk: ChunkConfig, kept: Tensor, led: bool = False
+) -> tuple[Tensor, Tensor]:
+    """A chunk's latents [1, C, T, h, w] as they are shown and carried on: held at the first chunk's level, and, unless
+    a guide ``led`` them, eased in after the ``n`` carried ones. Also the level [1, C, 1, h, w] that the next chunk is
+    held at."""
     if state.level is None:  # the first latent holds one frame and looks unlike the others
         return z, level(z[:, :, min(1, z.shape[2] - 1) :], kept)
     old, new = z[:, :, :n], z[:, :, n:]
     new = new + chunk.steady * (state.level - level(new, kept))
-    if n and chunk.ease:
+    if n and chunk.ease and not led:
         # The model's own step across a seam is larger than the one from latent to latent within a chunk.
         fading = chunk.ease ** torch.arange(1, new.shape[2] + 1, device=z.device).view(1, 1, -1, 1, 1)
         new = new + fading * (old[:, :, -1:] - new[:, :, :1])
@@ -214,7 +215,7 @@ def denoise_chunk(
     if solved is None:
         return None
     z, motion = solved
-    z, held = settle(z, n, state, cfg.chunk, scene.kept)
+    z, held = settle(z, n, state, cfg.chunk, scene.kept, given.likeness is not None)
     keep = cfg.chunk.overlap
     lead = max(-schedule.frames_of(plan, cfg.vae.temporal_stride).start, 0)
     chunk = LatentChunk(z[:, :, n:], None if motion is None else motion[:, n:], plan.start + n, lead)

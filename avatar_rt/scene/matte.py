@@ -1,7 +1,8 @@
 """The person of a face-centred clip cut out, and put into another place. No network: GrabCut (Rother et al., 2004).
 
-Where a head, a neck and shoulders lie in such a crop is known well enough to start from; the colours of each picture
-decide the rest. Neighbouring pictures then vote, for hair of the colour of what lies behind it is lost now and then.
+Where a head, a neck and shoulders lie in such a crop is known well enough to start from, and so are places behind them
+that have a pattern and stand still while the head moves; the colours of each picture decide the rest. Neighbouring
+pictures then vote, for hair of the colour of what lies behind it is lost now and then.
 """
 
 from __future__ import annotations
@@ -15,6 +16,14 @@ NEIGHBOURS = 4  # on either side that vote with a picture
 ENOUGH = 0.35  # of the votes: a lost piece of hair shows more than a rim of the old place
 STRIP = (0.35, 0.03)  # what reaches the upper edge and is narrower, in widths, is wall; how much is cut off, in heights
 SOFT = 1 / 128  # of the picture's width: the edge
+PATTERN = 8.0  # grey levels a pixel, at 128 pixels: what changes less from place to place cannot be seen to stand
+HAIR, STEEP = (
+    0.27,
+    1.5,
+)  # of the width, to either side: hair; and how much more a pattern there changes across than down
+STANDS = 0.25  # of what a face moves by: what moves less stands still
+MOVES = 0.4  # pixels of 128: a head that moves less says nothing about what stands behind it
+BUST = 0.74  # of the height: lower down, clothes stand as still as walls
 
 
 def person_mattes(frames: np.ndarray) -> np.ndarray:
@@ -26,6 +35,7 @@ def person_mattes(frames: np.ndarray) -> np.ndarray:
     Returns: fp32 [F, H, W] in 0..1.
     """
     prior, sigma = _prior(*frames.shape[1:3]), SOFT * frames.shape[2]
+    prior[_standing(frames[::EVERY]) & (prior != cv2.GC_FGD)] = cv2.GC_BGD
     looked = [_cut_out(f, prior) for f in frames[::EVERY]]
     mattes = []
     for i in range(len(looked)):
@@ -44,6 +54,28 @@ def place_person(frames: np.ndarray, mattes: np.ndarray, scene: np.ndarray) -> n
     """The person of frames uint8 [F, H, W, 3], cut out by mattes [F, H, W], before a scene uint8 [H, W, 3]."""
     share = mattes[..., None]
     return np.asarray((frames * share + scene * (1 - share)).round().astype(np.uint8))
+
+
+def _standing(frames: np.ndarray) -> np.ndarray:
+    """Where a pattern stands still while the head moves, above the shoulders: bool [H, W].
+
+    How far something moves is told by how much a pixel changes in time, over how much it changes from place to place.
+    Where hair is, only what changes across says so: a head that turns does not move its crown.
+    """
+    height, width = frames.shape[1:3]
+    grey = np.stack([cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in frames]).astype(np.float32)
+    across, down = (np.mean([abs(cv2.Sobel(g, cv2.CV_32F, 1 - d, d)) for g in grey], axis=0) / 8 for d in (0, 1))
+    slope, aside = np.hypot(across, down), abs(np.arange(width) + 0.5 - width / 2) > HAIR * width
+    pattern = (slope * width / 128 > PATTERN) & (aside | (across > STEEP * down))
+    changed = np.sqrt(cv2.blur(grey.var(0), (3, 3)))  # beside an edge that moves there is a slope and no change
+    moved = changed / np.maximum(slope, 1e-3) * 128 / width
+    face = np.s_[round(0.35 * height) : round(0.6 * height), round(0.4 * width) : round(0.6 * width)]
+    seen = moved[face][slope[face] * width / 128 > PATTERN]
+    if not len(seen) or (usual := float(np.median(seen))) < MOVES:
+        return np.zeros((height, width), bool)
+    still = pattern & (moved < STANDS * usual)
+    still[round(BUST * height) :] = False
+    return np.asarray(still)
 
 
 def _cut_out(frame: np.ndarray, prior: np.ndarray) -> np.ndarray:

@@ -31,13 +31,23 @@ from bench.quality.degraded import DEGRADED, degrade, through_vae
 SYSTEMS = (*DEGRADED, "vae")
 
 
-def generate(engine: AvatarEngine, case: Case, **options: Any) -> Clip:
-    """The engine's video of a case, as large as it would be written. ``options`` as of ``AvatarEngine.session``."""
+def moving(engine: AvatarEngine, case: Case, **options: Any) -> tuple[Clip, np.ndarray | None]:
+    """The engine's video of a case, as large as it would be written, and the motion [F, 62] that was generated with it
+    in natural units; None where the model has no such stream. ``options`` as of ``AvatarEngine.session``."""
     reference = engine.prepare(case.reference.frames, sound=case.reference.sound, cropped=True)
     session = engine.session(reference, scene=case.scene, **options)
     session.push_audio(normalise_loudness(case.speech, SAMPLE_RATE))
     session.end_audio()
-    return Clip(np.concatenate(list(session.frames())), case.speech)
+    frames, motion = [], []
+    for pictures in session.frames():
+        frames.append(pictures)
+        motion += [] if session.stats.motion is None else [session.stats.motion]
+    return Clip(np.concatenate(frames), case.speech), np.concatenate(motion) if motion else None
+
+
+def generate(engine: AvatarEngine, case: Case, **options: Any) -> Clip:
+    """The video of ``moving`` alone."""
+    return moving(engine, case, **options)[0]
 
 
 def own_pixels(engine: AvatarEngine, frames: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Videos from a model that is not finished: one that cannot hear yet, or has nobody to refer to.
 
-``bench.quality.generate`` goes through the engine, which expects all of it. Here the stages of the pipeline are called
-one by one with what the model was trained with; what it lacks is left out, as it was in its training.
+A session expects all of it, and makes the videos of a finished model. For others the stages of the pipeline are called
+here one by one with what the model was trained with; what it lacks is left out, as it was in its training.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from avatar_rt.pipeline.denoise import ChunkState, Conditions, Scene, denoise_ch
 from avatar_rt.pipeline.reference import pack_cache, to_video
 from avatar_rt.pipeline.schedule import GuidancePass, carried, guidance_passes, make_schedule
 from bench.quality.clip import Case, Clip
+from bench.quality.generate import moving
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,6 @@ class Made:
 
 def passes(sampling: SamplingConfig, sees: Sees) -> tuple[GuidancePass, ...]:
     """The guidance of a complete model with the conditions that are not there taken out."""
-    if sees == Sees():
-        return guidance_passes(sampling, False)
     reference = sampling.reference_scale if sees.reference else 1.0
     audio = sampling.audio_scale if sees.audio else reference
     sampling = dataclasses.replace(sampling, reference_scale=reference, audio_scale=audio)
@@ -83,6 +82,8 @@ def generate(
         prompt: The caption, used where ``sees.caption``.
         steps: Of the solver; None takes the configuration's.
     """
+    if sees == Sees():
+        return Made(*moving(engine, case, seed=seed, steps=steps))
     cfg, per = engine.config, engine.config.dit.audio_per_latent
     sampling = cfg.sampling if steps is None else dataclasses.replace(cfg.sampling, steps=steps)
     whole = make_schedule(sampling, cfg.chunk, seed, has_text=False)

@@ -1,5 +1,7 @@
 """The held-out cases: ``python -m training.data.cases --out DIR [--count 36]``; with ``--demo`` the demonstration pair.
 
+``--first 36`` writes those after them, of other people: to choose settings on, so that the cases may judge them.
+
 DIR/case-XX/ holds what a generation gets (reference.mp4 with sound, 8 s; scene.png; speech.wav, 4 s) and what it is
 measured against: target.mp4, the same person saying it in that scene; truth.npz of the target's frames: motion [F, 62],
 mouth [F], facebox [F, 4], float16, and style [14], float32, in the order of ``perform.Style``;
@@ -105,6 +107,7 @@ def write_demo(folder: Path, speaker: Speaker) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.data.cases", description="Render the held-out cases.")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--count", type=int, default=COUNT)
     parser.add_argument("--size", type=int, default=SIZE)
     parser.add_argument("--demo", action="store_true", help="only the demonstration pair")
@@ -114,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
         if a.demo:
             write_demo(a.out / "demo", speaker)
             return 0
-        for i, identity in enumerate(case_identities(a.count)):
+        for i, identity in [*enumerate(case_identities(a.first + a.count))][a.first :]:
             reference, target = render_case(speaker, identity, a.size)
             write_case(a.out / f"case-{i:02d}", reference, target)
             print(f"case-{i:02d}: {target.meta['caption']}; {target.meta['voice']}", flush=True)
