@@ -176,20 +176,21 @@ def scores(legs: dict[str, Any]) -> list[str]:
 
 
 def lengths(legs: dict[str, Any]) -> list[str]:
-    """What depends on the reference's seconds, and whether longer is never worse for the face's similarity."""
+    """What depends on the reference's seconds, and whether longer is never worse for whose face it is."""
     keys = ("identity", "identity_top1", "mouth_r", "loop_r", "style_distance", "lse_c_star")
     rows, said = [["run", "seconds", "similarity to all of the reference", "it is the nearest", "mouth opening, r",
                    "generated motion against seen, r", "style distance", "LSE-C*"]], []  # fmt: skip
     for name, entry in legs.items():
-        curve = []
-        for seconds, found in entry.get("seconds", {}).items():
-            values = [quality(k)({"quality": found}) for k in keys]
-            curve.append(values[0])
-            rows.append([name, seconds, *map(number, values)])
-        if curve and None not in curve:
-            rising = all(a <= b for a, b in pairwise(curve))  # type: ignore[operator]
-            said += ["", f"{name}, face similarity: longer references are "
-                         f"{'never worse' if rising else 'not always better'}."]  # fmt: skip
+        found = entry.get("seconds", {})
+        curves = [[quality(k)({"quality": q}) for k in keys] for q in found.values()]
+        rows += [[name, seconds, *map(number, values)] for seconds, values in zip(found, curves, strict=True)]
+        for title, values in zip(rows[0][2:4], list(zip(*curves, strict=True))[:2], strict=True) if curves else ():
+            if None not in values:
+                rising = all(a <= b for a, b in pairwise(values))
+                said += [
+                    "",
+                    f"{name}, {title}: longer references are {'never worse' if rising else 'not always better'}.",
+                ]
     return [*table(rows), *said]
 
 
