@@ -153,9 +153,13 @@ class AvatarEngine:
         kept = np.ones(image.shape[:2], bool)
         if blank:
             image, kept = blank_head(image)
-        latent = self.vae.normalize(self.vae.encode(to_video(image[None]).to(self.device))[0].float())
+        latent = self._encode(image[None])
         mask = torch.from_numpy(latent_mask(kept, *cfg.latent_size)).to(self.device, torch.float32)
         return Scene(latent, mask[None, None, None])
+
+    def _encode(self, pictures: np.ndarray) -> Tensor:
+        """Pictures uint8 [1 + 4 k, height, width, 3] -> normalised latents [1, C, 1 + k, h, w], fp32."""
+        return self.vae.normalize(self.vae.encode(to_video(pictures).to(self.device))[0].float())
 
     @torch.inference_mode()
     @stage("reference")
@@ -242,11 +246,7 @@ class AvatarEngine:
                 mattes = mattes * ~blank_head(picture)[1]
         motion = ungroup_motion(read_motion(to_video(frames).to(self.device), self.motion))[0]
         poses = self.motion.denormalize(motion).cpu().numpy()
-
-        def encode(pictures: np.ndarray) -> Tensor:
-            return self.vae.normalize(self.vae.encode(to_video(pictures).to(self.device))[0].float())
-
-        return Likeness(tuple(times), Performance(frames, motion.float().cpu(), poses, mattes, picture), encode)
+        return Likeness(tuple(times), Performance(frames, motion.float().cpu(), poses, mattes, picture), self._encode)
 
     # ---- generation ------------------------------------------------------------------------------------------------
 

@@ -184,13 +184,12 @@ def lengths(legs: dict[str, Any]) -> list[str]:
         found = entry.get("seconds", {})
         curves = [[quality(k)({"quality": q}) for k in keys] for q in found.values()]
         rows += [[name, seconds, *map(number, values)] for seconds, values in zip(found, curves, strict=True)]
-        for title, values in zip(rows[0][2:4], list(zip(*curves, strict=True))[:2], strict=True) if curves else ():
-            if None not in values:
-                rising = all(a <= b for a, b in pairwise(values))
-                said += [
-                    "",
-                    f"{name}, {title}: longer references are {'never worse' if rising else 'not always better'}.",
-                ]
+        for column, title in enumerate(rows[0][2:4]):
+            values = [curve[column] for curve in curves]
+            if values and None not in values:
+                rising = all(a <= b for a, b in pairwise(values))  # type: ignore[operator]
+                verdict = "never worse" if rising else "not always better"
+                said += ["", f"{name}, {title}: longer references are {verdict}."]
     return [*table(rows), *said]
 
 

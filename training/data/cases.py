@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
         if a.demo:
             write_demo(a.out / "demo", speaker)
             return 0
-        for i, identity in [*enumerate(case_identities(a.first + a.count))][a.first :]:
+        for i, identity in enumerate(case_identities(a.first + a.count)[a.first :], a.first):
             reference, target = render_case(speaker, identity, a.size)
             write_case(a.out / f"case-{i:02d}", reference, target)
             print(f"case-{i:02d}: {target.meta['caption']}; {target.meta['voice']}", flush=True)
