@@ -3,7 +3,8 @@
 Every leg is one run of ``python -m training.train`` (in a process of its own, resumed where it was cut off), then the
 procedural cases generated with its weights, then ``bench.quality`` over them. What is done is kept in ``OUT/LEG`` and
 not done again, so the command may be stopped at any moment and given again; ``--legs`` takes some of them,
-``--measure`` trains nothing. The legs ``tiny`` and ``tiny.*`` are the shipped weights, which are not trained here. The
+``--measure`` trains nothing. The legs ``tiny`` and ``tiny.*`` are the shipped weights, which are not trained here.
+Where the sampler's likeness would hide what a training has taught, the legs of stage 3 are measured without it. The
 last line printed is one JSON document; with ``--write`` it becomes ``bench/results/curriculum.json`` and
 ``docs/curriculum.md``. Give a folder of its own to other step counts.
 """
@@ -42,15 +43,15 @@ from bench.quality.partial import Sees, caption, generate
 from bench.quality.score import OK, Row, System, means, score, write_csv
 from bench.report import RESULTS, ROOT, machine
 
-STEPS = {"t2v": 2000, "a2v": 1500, "personality": 3000}
+STEPS = {"t2v": 900, "a2v": 1800, "personality": 1200}
 
 
 @dataclass(frozen=True)
 class Leg:
     """One run: a recipe, the leg whose weights it begins with, the stage it belongs to, what its model sees.
 
-    ``shipped``: no run, but the weights of the package, which stage 3 trained with all conditions at once. ``alone``:
-    without the sampler's likeness.
+    ``shipped``: no run, but the weights of the package, which stage 3 trained with all conditions at once. ``of``: no
+    run, but the weights of that other leg. ``alone``: measured without the sampler's likeness.
     """
 
     recipe: str
@@ -59,6 +60,7 @@ class Leg:
     sees: Sees
     shipped: bool = False
     alone: bool = False
+    of: str | None = None
 
     @property
     def name(self) -> str:
@@ -75,10 +77,11 @@ LEGS = (
     Leg("a2v.scratch", "a2v", None, _SPEECH),
     Leg("a2v.no_audio", "a2v", "t2v", dataclasses.replace(_SPEECH, audio=False)),
     Leg("personality.personality", "personality", "a2v", Sees()),
+    Leg("personality.alone", "personality", None, Sees(), alone=True, of="personality"),
     Leg("personality.no_reference", "personality", "a2v", Sees(reference=False)),
-    Leg("personality.no_motion", "personality", "a2v", Sees()),
-    Leg("personality.no_auxiliary", "personality", "a2v", Sees()),
-    Leg("personality.same_scene", "personality", "a2v", Sees()),
+    Leg("personality.no_motion", "personality", "a2v", Sees(), alone=True),
+    Leg("personality.no_auxiliary", "personality", "a2v", Sees(), alone=True),
+    Leg("personality.same_scene", "personality", "a2v", Sees(), alone=True),
     Leg("tiny", "personality", None, Sees(), shipped=True),
     Leg("tiny.no_reference", "personality", None, Sees(reference=False), shipped=True),
     Leg("tiny.alone", "personality", None, Sees(), shipped=True, alone=True),
@@ -157,9 +160,17 @@ def note_shipped(folder: Path) -> None:
     note.write_text(json.dumps(now) + "\n")
 
 
+def note_weights(folder: Path, other: Path) -> None:
+    """Notes whose weights a folder's videos are of. Raises InputError where those were not trained."""
+    if not (other / "leg.json").is_file():
+        raise InputError(f"{folder.name}: expected {other.name} to be trained before it, {other} has no leg.json")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "leg.json").write_text(json.dumps({"of": other.name}) + "\n")
+
+
 def make_bundle(leg: Leg, folder: Path, corpus: Path) -> Path:
     """A leg's weights and the corpus' encoders as a bundle."""
-    bundle, own = folder / "bundle", shipped_bundle() if leg.shipped else folder
+    bundle, own = folder / "bundle", shipped_bundle() if leg.shipped else folder.with_name(leg.of or folder.name)
     bundle.mkdir(parents=True, exist_ok=True)
     config = AvatarConfig.from_json((own / "config.json").read_text())
     if leg.alone:
@@ -243,6 +254,8 @@ def run_all(a: argparse.Namespace, run: Callable[[list[str]], None] = train) -> 
         folder = a.out / leg.name
         if leg.shipped:
             note_shipped(folder)
+        elif leg.of is not None:
+            note_weights(folder, a.out / leg.of)
         elif not a.measure:
             run_leg(leg, a.corpus, a.out, steps_of(leg, asked, a.out), run)
         elif not (folder / "leg.json").is_file():

@@ -114,13 +114,15 @@ CLAIMS = (
         Claim(f"motion stream, {leg}: generated motion is seen", leg, None, quality("loop_r"), "at least 0.7",
               _at_least(0.7)),
     )),
-    Claim("another scene as reference: leak of its background", "personality", "personality.same_scene",
+    Claim("another scene as reference: leak of its background", "personality.alone", "personality.same_scene",
           lambda e: None if quality("background_leak")(e) is None else abs(quality("background_leak")(e) or 0.0),
           "lower", _less),
-    Claim("motion stream: mouth opening, r", "personality", "personality.no_motion", quality("mouth_r"),
+    Claim("motion stream: mouth opening, r", "personality.alone", "personality.no_motion", quality("mouth_r"),
           "higher", _more),
-    Claim("losses on decoded faces: face similarity", "personality", "personality.no_auxiliary", quality("identity"),
-          "higher", _more),
+    Claim("losses on decoded faces: face similarity", "personality.alone", "personality.no_auxiliary",
+          quality("identity"), "higher", _more),
+    Claim("the reference by training alone: face similarity", "personality.alone", "personality.no_reference",
+          quality("identity"), "higher", _more),
 )  # fmt: skip
 
 
