@@ -28,7 +28,7 @@ from avatar_rt.models.layers import Block, Head, linear_fp32
 from avatar_rt.models.motion import rest_tokens
 from avatar_rt.models.vae import VideoVAE
 from avatar_rt.models.vae_blocks import FrameAttention, ResidualBlock, Upsample, unfold_patch
-from avatar_rt.pipeline.decode import still_of
+from avatar_rt.pipeline.decode import restore, still_of
 from avatar_rt.pipeline.denoise import ChunkState, settle
 from avatar_rt.pipeline.reference import ReferenceContext
 from avatar_rt.pipeline.schedule import Schedule
@@ -304,7 +304,7 @@ class Plain:
         )
         while emitted < total:
             with torch.inference_mode(), autocast():
-                latents, carried = self.chunk(reference, wave, schedule, index, carried)
+                latents, led, carried = self.chunk(reference, wave, schedule, index, carried)
                 z = self.engine.vae.denormalize(latents)
                 if decoder is None and schedule.chunk.lead_in:
                     _, decoder = self.decode(z[:, :, :1], None)
@@ -312,6 +312,8 @@ class Plain:
                     video = video[:, :, 3:]
                 else:
                     video, decoder = self.decode(z, decoder)
+                if led is not None:
+                    video = restore(video, torch.from_numpy(led[-video.shape[2] :]).to(video.device))
                 pictures = self.pictures(video)[: total - emitted]
             emitted, index = emitted + len(pictures), index + 1
             yield pictures
@@ -334,7 +336,8 @@ class Plain:
             return self.engine.speech(torch.from_numpy(piece)[None].to(self.engine.device), has_context=True)
 
     def chunk(self, reference: Reference, wave: np.ndarray, schedule: Schedule, index: int, carried: Any) -> Any:
-        """Latents of the chunk's new frames, and what the next one needs: anchor, last latents, their motion."""
+        """Latents of the chunk's new frames, the guide's pictures or None, and what the next chunk needs: anchor, last
+        latents, their motion."""
         cfg, engine = self.engine.config, self.engine
         plan, d = schedule.plan(index), cfg.dit
         per, n, device = d.audio_per_latent, plan.overlap, engine.device
@@ -384,4 +387,5 @@ class Plain:
         anchor = carried.anchor if carried is not None else z[:, :, :1]
         if carried is None and cfg.chunk.lead_in:
             anchor = still_of(engine.vae, anchor)
-        return z[:, :, n:], ChunkState(anchor, z[:, :, keep:], None if motion is None else motion[:, keep:], held)
+        state = ChunkState(anchor, z[:, :, keep:], None if motion is None else motion[:, keep:], held)
+        return z[:, :, n:], None if guide is None else guide.pictures, state

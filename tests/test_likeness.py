@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import small_bundle
 import torch
+import torch.nn.functional as F
 
 from avatar_rt import AvatarEngine
 from avatar_rt.config import SamplingConfig
 from avatar_rt.errors import InputError
 from avatar_rt.models.motion import FRAMES_PER_LATENT, MOTION_NAMES, motion_index, mouth_channels
-from avatar_rt.pipeline.denoise import ChunkState, settle, solve
+from avatar_rt.pipeline.decode import decode_chunk, restore
+from avatar_rt.pipeline.denoise import ChunkState, LatentChunk, settle, solve
 from avatar_rt.pipeline.likeness import Guide, Likeness
 from avatar_rt.pipeline.reference import to_video
 from avatar_rt.prepared import Reference
@@ -53,7 +55,8 @@ def test_a_step_starts_from_the_guide_and_keeps_the_noise() -> None:
     clean, noise, led = (torch.randn(1, 3, 2, 4, 4, generator=g) for _ in range(3))
     m, m_noise, m_led = (torch.randn(1, 2, 8, generator=g) for _ in range(3))
     z, motion = torch.lerp(clean, noise, 0.9), torch.lerp(m, m_noise, 0.9)
-    after, moving = Guide(led, m_led).step(z, noise - clean, motion, m_noise - m, 0.9, 0.4)
+    guide = Guide(led, m_led, np.zeros((8, 8, 8, 3), np.uint8))
+    after, moving = guide.step(z, noise - clean, motion, m_noise - m, 0.9, 0.4)
     assert torch.allclose(after, torch.lerp(led, noise, 0.4), atol=1e-5)
     assert torch.allclose(moving, torch.lerp(m_led, m_noise, 0.4), atol=1e-5)
 
@@ -68,6 +71,7 @@ def test_what_moves_as_the_reference_is_led_by_its_own_frames() -> None:
     lent = _likeness()
     guide = lent.guide(_tokens(1, 2), _tokens(0))
     assert guide.latents[0, 0, :, 0, 0].tolist() == [8, 12]  # the last frames of the reference's latents 1 and 2
+    assert guide.pictures[:, 0, 0, 0].tolist() == list(range(5, 13))
     assert torch.equal(guide.motion, _tokens(1, 2))
     assert lent.guide(_tokens(0)).latents[0, 0, :, 0, 0].tolist() == [4]  # nothing lies before its first
 
@@ -117,11 +121,37 @@ def test_carried_latents_stay_as_they_are_and_the_model_ends_alone(n: int) -> No
     def moving(rows, t, m, resting):
         return drift, torch.zeros_like(motion)
 
-    out, _ = solve(moving, cfg, z, motion, [1.0, 0.7, 0.0], n, likeness=lent)
+    solved = solve(moving, cfg, z, motion, [1.0, 0.7, 0.0], n, likeness=lent)
+    assert solved is not None and solved.guide is not None
+    out = solved.latents
     assert torch.equal(out[:, :, :n], z[:, :, :n])
-    led = lent.guide(motion[:, n:], motion[:, :n]).latents
-    wanted = torch.lerp(led, z[:, :, n:], 0.7) - 0.7
+    guide = lent.guide(motion[:, n:], motion[:, :n])
+    wanted = torch.lerp(guide.latents, z[:, :, n:], 0.7) - 0.7
     assert torch.allclose(out[:, :, n:], wanted, atol=1e-5)
+    assert np.array_equal(solved.guide.pictures, guide.pictures)
+
+
+def test_what_a_codec_lost_of_the_guide_is_put_back_where_the_video_is_still_it() -> None:
+    rng = np.random.default_rng(0)
+    guide = torch.from_numpy(rng.integers(100, 140, (3, 32, 32, 3), np.uint8))
+    sharp = guide.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    blurred = F.avg_pool3d(sharp, (1, 5, 5), 1, (0, 2, 2), count_include_pad=False)
+    blurred[..., 16:] += 1.0  # the model made something else of this half
+    out = restore(blurred, guide)
+    before, after = ((x - sharp).abs()[..., :8].mean() for x in (blurred, out))
+    assert after < 0.1 * before
+    assert torch.allclose(out[..., 24:], blurred[..., 24:], atol=1e-4)
+    assert torch.allclose(restore(sharp, guide), sharp, atol=1e-6)
+
+
+def test_the_last_pictures_of_a_guide_are_the_chunks(engine: AvatarEngine, reference: Reference) -> None:
+    """A first chunk shows fewer frames than its latents stand for: those that lie before the video are left out."""
+    z = torch.zeros(1, engine.config.vae.latent_channels, 2, *engine.config.latent_size)
+    lead = FRAMES_PER_LATENT - 1
+    plain = decode_chunk(engine.vae, LatentChunk(z, None, 0, lead), None)[0].frames
+    guide = np.concatenate([np.zeros((lead, *plain.shape[1:]), np.uint8), plain.numpy() + np.uint8(3)])
+    shown = decode_chunk(engine.vae, LatentChunk(z, None, 0, lead, guide), None)[0].frames
+    assert (shown.int() - plain.int() - 3).abs().max() <= 1
 
 
 def test_a_led_chunk_is_not_eased_in() -> None:

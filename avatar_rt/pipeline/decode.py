@@ -1,4 +1,8 @@
-"""Stage 4: latents -> frames, latent by latent, carrying the decoder's convolution state."""
+"""Stage 4: latents -> frames, latent by latent, carrying the decoder's convolution state.
+
+A codec loses what is fine in a face: freckles, strands of hair, eyes. Where a guide led the latents
+(``pipeline.likeness``) and the decoded picture is still that guide but for what was lost, the guide's own is shown.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,9 @@ from avatar_rt.models.vae import VideoVAE
 from avatar_rt.pipeline.denoise import LatentChunk
 from avatar_rt.runtime.trace import stage
 
+ALIKE = 0.19  # of -1..1, the mean over a cell: that far apart, 1/e of what is lost is put back
+_CELL = 4  # pixels; what a codec loses is finer, and half a stride of a VAE
+
 
 @dataclass(frozen=True)
 class FrameChunk:
@@ -31,7 +38,7 @@ def decode_chunk(
 ) -> tuple[FrameChunk, tuple[Tensor, ...]]:
     """Decodes a chunk's new latents, enlarging the frames ``scale`` times (bicubic, until a refiner does better).
 
-    ``state`` is None for the first chunk, then what the last call returned.
+    ``state`` is None for the first chunk, then what the last call returned. A chunk's ``guide`` is put back into it.
     """
     z = vae.denormalize(chunk.latents.to(next(vae.parameters()).dtype))
     if chunk.lead:
@@ -39,7 +46,26 @@ def decode_chunk(
         video = video[:, :, chunk.lead :]
     else:
         video, state = vae.decode_step(z, state)
+    if chunk.guide is not None:
+        video = restore(video, torch.from_numpy(chunk.guide[-video.shape[2] :]).to(video.device))
     return FrameChunk(to_pictures(video[0], scale), 0 if chunk.start == 0 else 4 * chunk.start - 3), state
+
+
+def restore(video: Tensor, guide: Tensor) -> Tensor:
+    """Puts back into a decoded video what it lost of its guide: all of it where the two are alike over some pixels,
+    nothing where the model made something else of it.
+
+    Args:
+        video: [1, 3, F, H, W] in -1..1; guide: uint8 [F, H, W, 3].
+
+    Returns: fp32 [1, 3, F, H, W].
+    """
+    frames = video[0].float().transpose(0, 1)
+    lost = guide.permute(0, 3, 1, 2).float() / 127.5 - 1 - frames
+    apart = F.avg_pool2d(lost, _CELL).square().amax(1, keepdim=True)
+    apart = F.avg_pool2d(apart, 3, 1, 1, count_include_pad=False)
+    share = F.interpolate(torch.exp(apart / -(ALIKE**2)), size=lost.shape[2:], mode="bilinear")
+    return (frames + share * lost).transpose(0, 1)[None]
 
 
 def motion_of(encoder: MotionEncoder, chunk: LatentChunk, frames: int) -> np.ndarray | None:

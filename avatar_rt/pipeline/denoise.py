@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,12 +46,13 @@ class ChunkState:
 @dataclass(frozen=True)
 class LatentChunk:
     """New latents of a chunk: [1, 16, t, h, w] (normalised), their motion [1, t, M] or None, absolute start; ``lead``
-    of their frames lie before the video."""
+    of their frames lie before the video. ``guide``: uint8 [4 t, H, W, 3] what led them, or None."""
 
     latents: Tensor
     motion: Tensor | None
     start: int
     lead: int = 0
+    guide: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,14 @@ def _guidance(
     return in_turn
 
 
+class Solved(NamedTuple):
+    """Latents [1, C, T, h, w] and motion [1, T, M] or None; the last guide that led them, or None."""
+
+    latents: Tensor
+    motion: Tensor | None
+    guide: Guide | None
+
+
 def solve(
     velocity: Velocity,
     cfg: DiTConfig,
@@ -133,7 +143,7 @@ def solve(
     n: int = 0,
     cancelled: Callable[[], bool] = lambda: False,
     likeness: Likeness | None = None,
-) -> tuple[Tensor, Tensor | None] | None:
+) -> Solved | None:
     """Latents [1, C, T, h, w] and motion [1, T, M] from the first of ``times`` to the last by Euler steps, but for the
     ``n`` carried ones, which are clean. With a ``likeness``, some steps go through its guides. None
     when ``cancelled`` (asked before each step) answers True."""
@@ -162,7 +172,7 @@ def solve(
         z = torch.cat([z[:, :, :n], after], dim=2)
         if motion is not None and moving is not None:
             motion = torch.cat([motion[:, :n], moving], dim=1)
-    return z, motion
+    return Solved(z, motion, guide)
 
 
 def settle(
@@ -214,11 +224,12 @@ def denoise_chunk(
     solved = solve(velocity, d, z, motion, schedule.times, n, cancelled, given.likeness)
     if solved is None:
         return None
-    z, motion = solved
+    z, motion, guide = solved
     z, held = settle(z, n, state, cfg.chunk, scene.kept, given.likeness is not None)
     keep = cfg.chunk.overlap
     lead = max(-schedule.frames_of(plan, cfg.vae.temporal_stride).start, 0)
-    chunk = LatentChunk(z[:, :, n:], None if motion is None else motion[:, n:], plan.start + n, lead)
+    new, shown = None if motion is None else motion[:, n:], None if guide is None else guide.pictures
+    chunk = LatentChunk(z[:, :, n:], new, plan.start + n, lead, shown)
     first = state.anchor
     if first is None:
         first = still_of(z[:, :, :1]) if lead else z[:, :, :1]

@@ -5,7 +5,8 @@ then (``scene.performance``: heads as they go on in the reference, mouths of it 
 them). From the first of these times to the last, what the solver believes the clean video to be is replaced by the
 guide, and each step starts from there; what follows is the model's (after arXiv 2108.01073, which starts from a noised
 guide, and arXiv 2108.02938, which replaces the estimate on the way). The motion stream is told how the guide's head
-moves: but for the mouth, its estimate becomes the guide's.
+moves: but for the mouth, its estimate becomes the guide's. What the codec loses of the guide is put back into the
+pictures that are decoded (``pipeline.decode.restore``).
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ class Guide:
     """
     Attributes:
         latents: [1, C, T, h, w], normalised; motion: [1, T, 4 M] normalised, its head's and what was told of its mouth.
+        pictures: uint8 [4 T, H, W, 3], what the latents are of.
     """
 
     latents: Tensor
     motion: Tensor
+    pictures: np.ndarray
 
     def step(self, z: Tensor, v: Tensor, m: Tensor, vm: Tensor, t: float, t_next: float) -> tuple[Tensor, Tensor]:
         """The Euler step of z [1, C, T, h, w] and motion m [1, T, 4 M] from ``t`` to ``t_next``, by their velocities,
@@ -42,7 +45,7 @@ class Likeness:
     Attributes:
         times: Flow times; at the step that reaches or crosses one, a guide is made anew.
         perform: From motion [T, 4, M] that is wanted, normalised, and that [M] of the frame before it or None, to
-            pictures uint8 [5 + 4 T, H, W, 3], five of them before the first that is wanted, and their heads' motion
+            pictures uint8 [1 + 4 k, H, W, 3], the last 4 T of them those that are wanted, and their heads' motion
             [T, 4, M].
         encode: Pictures uint8 [1 + 4 k, H, W, 3] to normalised latents [1, C, 1 + k, h, w].
     """
@@ -68,4 +71,5 @@ class Likeness:
         pictures, moved = self.perform(told, last)
         mouth = mouth_channels(motion.shape[-1]).to(motion.device)
         led = torch.where(mouth, motion, moved.flatten(1)[None].to(motion))
-        return Guide(self.encode(pictures)[:, :, 2:], led)  # without those of the five
+        num = len(told)
+        return Guide(self.encode(pictures)[:, :, -num:], led, pictures[-FRAMES_PER_LATENT * num :])

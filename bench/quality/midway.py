@@ -78,7 +78,7 @@ def sampled_from(engine: AvatarEngine, case: Case, times: list[float], seed: int
             motion = torch.lerp(motion, start.motion_noise, begin)
         solved = solve(velocity, cfg.dit, z, motion, [begin, *(t for t in schedule.times if t < begin)])
         assert solved is not None  # nobody cancels it
-        z, _ = solved
+        z = solved.latents
         video = engine.vae.decode(engine.vae.denormalize(torch.cat([start.first, z], 2)))
         videos.append(to_pictures(video[0][:, 1:], 1).numpy())
     return videos
