@@ -19,15 +19,15 @@ rendered people whom no training saw, with only what its model was trained with:
 a picture of the person, `personality` speech, a place and a reference of another scene. `tiny` is the shipped weights,
 which stage 3 trained for longer with all conditions at once (`personality.together`), `tiny.no_reference` the same
 weights with nobody to refer to, and `tiny.alone` the same with a reference but without the sampler's `likeness`, which
-puts the reference's own frames into the estimate: what `tiny` shows of a face is mostly that, and how it moves is the
-model's. `bench.quality` scores them; `n/a` is what could not be measured. The flow error is the mean square of the
-predicted velocity's error on held-out people, at three times, whole chunks. The losses on decoded faces look through
-the motion encoder that also reads the mouth opening here; LSE-C* and the offset are of a network that no loss knows.
-What is read of a style is partly the face's (`bench/quality/style.py`): `a2v`, which is shown a picture and nothing of
-how anybody moves, is above one half in it too, so take a rank for a style with that in mind. The sampler's settings of
-`tiny` were chosen on eighteen other people (`python -m training.data.cases --first 36`), but for the motion's
-temperature, chosen on twelve of these; how a person is cut out was looked at on both. A column of an earlier commit was
-made with that commit's sampler.
+puts the reference's own frames into the estimate and what the codec lost of them back into the pictures: what `tiny`
+shows of a face is mostly that, and how it moves is the model's. `bench.quality` scores them; `n/a` is what could not be
+measured. The flow error is the mean square of the predicted velocity's error on held-out people, at three times, whole
+chunks. The losses on decoded faces look through the motion encoder that also reads the mouth opening here; LSE-C* and
+the offset are of a network that no loss knows. What is read of a style is partly the face's (`bench/quality/style.py`):
+`a2v`, which is shown a picture and nothing of how anybody moves, is above one half in it too, so take a rank for a
+style with that in mind. The sampler's settings of `tiny` were chosen on up to thirty-six other people (`python
+-m training.data.cases --first 36`), but for the motion's temperature, chosen on twelve of these; how a person is cut
+out was looked at on both. A column of an earlier commit was made with that commit's sampler.
 """
 MEASURES = (
     ("identity_top1", "its own reference is the nearest"), ("identity", "face similarity"), ("lse_c_star", "LSE-C*"),
@@ -179,14 +179,16 @@ def scores(legs: dict[str, Any]) -> list[str]:
 
 def lengths(legs: dict[str, Any]) -> list[str]:
     """What depends on the reference's seconds, and whether longer is never worse for whose face it is."""
-    keys = ("identity", "identity_top1", "mouth_r", "loop_r", "style_distance", "lse_c_star")
-    rows, said = [["run", "seconds", "similarity to all of the reference", "it is the nearest", "mouth opening, r",
-                   "generated motion against seen, r", "style distance", "LSE-C*"]], []  # fmt: skip
+    keys = ("identity", "identity_margin", "identity_top1", "mouth_r", "loop_r", "style_distance", "lse_c_star")
+    rows, said = [["run", "seconds", "similarity to all of the reference", "similarity over the nearest other",
+                   "it is the nearest", "mouth opening, r", "generated motion against seen, r", "style distance",
+                   "LSE-C*"]], []  # fmt: skip
     for name, entry in legs.items():
         found = entry.get("seconds", {})
         curves = [[quality(k)({"quality": q}) for k in keys] for q in found.values()]
-        rows += [[name, seconds, *map(number, values)] for seconds, values in zip(found, curves, strict=True)]
-        for column, title in enumerate(rows[0][2:4]):
+        for length, values in zip(found, curves, strict=True):
+            rows.append([name, length, *(number(v, 4) for v in values)])
+        for column, title in enumerate(rows[0][2:5]):
             values = [curve[column] for curve in curves]
             if values and None not in values:
                 rising = all(a <= b for a, b in pairwise(values))  # type: ignore[operator]
@@ -195,8 +197,8 @@ def lengths(legs: dict[str, Any]) -> list[str]:
     return [*table(rows), *said]
 
 
-def number(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.3g}"
+def number(value: float | None, digits: int = 3) -> str:
+    return "n/a" if value is None else f"{value:.{digits}g}"
 
 
 def table(rows: list[list[str]]) -> list[str]:
