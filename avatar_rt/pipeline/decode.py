@@ -22,7 +22,7 @@ from avatar_rt.runtime.trace import stage
 
 ALIKE = 0.19  # of -1..1, the mean over a cell: that far apart, 1/e of what is lost is put back
 _CELL = 4  # pixels; what a codec loses is finer, and half a stride of a VAE
-_AROUND = (9, 3, 3)  # frames and cells; a frame alone that is unlike its guide, at a chunk's border, would be seen
+_AROUND = 4  # frames on both sides; one alone that is left soft, where a chunk begins, would be seen
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def restore(video: Tensor, guide: Tensor) -> Tensor:
     frames = video[0].float().transpose(0, 1)
     lost = guide.permute(0, 3, 1, 2).float() / 127.5 - 1 - frames
     apart = F.avg_pool2d(lost, _CELL).square().amax(1)[None, None]
-    apart = F.avg_pool3d(apart, _AROUND, 1, tuple(n // 2 for n in _AROUND), count_include_pad=False)[0, 0]
+    time = min(_AROUND, (len(lost) - 1) // 2)
+    apart = F.avg_pool3d(apart, (2 * time + 1, 3, 3), 1, (time, 1, 1), count_include_pad=False)[0, 0]
     share = F.interpolate(torch.exp(apart / -(ALIKE**2))[:, None], size=lost.shape[2:], mode="bilinear")
     return (frames + share * lost).transpose(0, 1)[None]
 
