@@ -119,19 +119,19 @@ def test_embedding_tells_the_true_videos_apart(scores: Scores) -> None:
 
 
 def test_face_retrieves_its_own_reference(scores: Scores) -> None:
-    assert scores.retrieval_top1 >= 0.6
+    assert scores.retrieval_top1 >= 0.9
 
 
 def test_mouth_follows_its_own_speech(scores: Scores) -> None:
     assert scores.mouth_r_truth >= 0.7  # the reading of the mouth is to be trusted
-    assert scores.mouth_r_own >= 0.4
+    assert scores.mouth_r_own >= 0.6
     assert scores.mouth_r_other <= 0.15
 
 
 def test_picture_moves_as_a_person_does(scores: Scores) -> None:
     assert scores.still_frames == 0
-    assert 0.6 <= scores.energy_ratio_median <= 1.6
-    assert scores.energy_ratio_min >= 0.4
+    assert 0.7 <= scores.energy_ratio_median <= 1.4
+    assert scores.energy_ratio_min >= 0.35  # of what moves alone: a picture without flicker has less of it
 
 
 def test_the_measures_can_fail() -> None:

@@ -24,12 +24,10 @@ TERMS = {
     "sync": Term(0.05, start=800, warmup=300),
 }
 """What the losses on decoded faces weigh and when each comes in, one after another."""
-HEARING: dict[str, Any] = {"token_shift": False, "time_mean": 0.4, "read_weight": 1.0}
-"""As stage 2 learnt to hear: more noise, the same for all windows, and the mouth read off a middle block."""
 
 
 def _make(name: str, steps: int = STEPS, settings: PersonalitySettings | None = None, **changed: Any) -> Recipe:
-    settings = settings or PersonalitySettings(**{**HEARING, "terms": TERMS, **changed})
+    settings = settings or PersonalitySettings(**{"terms": TERMS, **changed})
 
     def build(corpus: Path) -> PersonalityMethod:
         weights = corpus / "weights"
