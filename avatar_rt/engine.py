@@ -42,7 +42,7 @@ from avatar_rt.runtime.tuning import Settings, tuning_for
 from avatar_rt.runtime.turns import Turns
 from avatar_rt.scene.image import blank_head, latent_mask
 from avatar_rt.scene.matte import person_mattes
-from avatar_rt.scene.performance import Performance
+from avatar_rt.scene.performance import Performance, Pictures
 from avatar_rt.session import Session
 
 Path_ = str | os.PathLike[str]
@@ -190,20 +190,25 @@ class AvatarEngine:
         if not isinstance(video, np.ndarray) and Path(video).suffix.lower() == SUFFIX:
             return self._offloaded(self._load_reference(Path(video), exact), offload)
         clip_facts: dict[str, Any] = {}
+        size = (cfg.height * cfg.output_scale, cfg.width * cfg.output_scale)
         if not isinstance(video, np.ndarray):
-            clip = read_face(video, cfg.height, max_seconds=MAX_REFERENCE_SECONDS)
-            frames, sound = clip.frames, clip.audio
+            clip = read_face(video, size[0], max_seconds=MAX_REFERENCE_SECONDS)
+            crops, sound = clip.frames, clip.audio
             clip_facts = {"name": Path(video).name, "sha256": file_hash(Path(video))}
-        elif cropped:
-            frames = np.stack([_fit(f, cfg.height, cfg.width) for f in video])
         else:
-            frames = crop_face(video, track_face(video, name="the given frames"), cfg.height)
+            crops = video if cropped else crop_face(video, track_face(video, name="the given frames"), size[0])
+        frames = np.stack([_fit(f, cfg.height, cfg.width) for f in crops])
+        fine = None
+        if cfg.output_scale > 1 and min(crops.shape[1] / size[0], crops.shape[2] / size[1]) >= 1:
+            fine = np.stack([_fit(f, *size) for f in crops])
         wave = normalise_loudness(sound, SAMPLE_RATE) if sound is not None and len(sound) else None
         context = read_reference(frames, wave, self.embed_text(), cfg, self.vae, self.speech, self.motion)
         cache = encode_reference(self.dit, context)
         scene = self.encode_scene(frames[0])
         clip_facts |= {"frames": len(frames), "seconds": len(frames) / FPS, "sound": wave is not None}
-        made = Reference(context, cache, scene, frames, self.bundle.weights_hash, self.config_hash, consent, clip_facts)
+        made = Reference(
+            context, cache, scene, frames, self.bundle.weights_hash, self.config_hash, consent, clip_facts, fine=fine
+        )
         return self._offloaded(made, offload)
 
     @property
@@ -238,15 +243,25 @@ class AvatarEngine:
         """
         if not times or self.config.dit.motion_dim != FRAMES_PER_LATENT * len(MOTION_NAMES):
             return None
-        cfg, mattes, picture = self.config, None, None
-        frames = reference.frames[: frames_of_latents((len(reference.frames) - 1) // FRAMES_PER_LATENT + 1)]
+        cfg, mattes = self.config, None
+        count = frames_of_latents((len(reference.frames) - 1) // FRAMES_PER_LATENT + 1)
+        frames = reference.frames[:count]
         if scene is not None:
             picture, mattes = _fit(scene, cfg.height, cfg.width), person_mattes(frames)
             if len(detect_faces(picture)):
                 mattes = mattes * ~blank_head(picture)[1]
+        fine = reference.fine
+        if fine is not None and fine.shape[1] != cfg.height * cfg.output_scale:  # of a bundle of another scale
+            fine = None
+        sizes = [
+            Pictures(clip[:count], None if scene is None else _fit(scene, *clip.shape[1:3]))
+            for clip in (reference.frames, fine)
+            if clip is not None
+        ]
         motion = ungroup_motion(read_motion(to_video(frames).to(self.device), self.motion))[0]
         poses = self.motion.denormalize(motion).cpu().numpy()
-        return Likeness(tuple(times), Performance(frames, motion.float().cpu(), poses, mattes, picture), self._encode)
+        performance = Performance(sizes[0], motion.float().cpu(), poses, mattes, *sizes[1:])
+        return Likeness(tuple(times), performance, self._encode)
 
     # ---- generation ------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ class Reference:
 
     Attributes:
         frames: uint8 [F, height, width, 3] the face-centred crops that were encoded.
+        fine: uint8 [F, k height, k width, 3] the same in the size that videos have, or None: for the eye.
         weights_hash: The weights that the cache belongs to.
         config_hash: The model that the context belongs to; "" when nobody asked.
         consent: Identifier of the consent record, or None.
@@ -48,6 +49,7 @@ class Reference:
     clip: Mapping[str, Any] = field(default_factory=dict)
     storage: str = ""
     errors: tuple[float, float] = (0.0, 0.0)
+    fine: np.ndarray | None = None
 
     @property
     def exact(self) -> bool:
@@ -63,7 +65,9 @@ class Reference:
         """Level 1 by name: every tensor of the context, the scene and the crops."""
         found = {f"context.{f.name}": getattr(self.context, f.name) for f in dataclasses.fields(self.context)}
         found |= {f"scene.{f.name}": getattr(self.scene, f.name) for f in dataclasses.fields(self.scene)}
-        return {k: v for k, v in found.items() if v is not None} | {"frames": torch.from_numpy(self.frames)}
+        crops = {"frames": self.frames, "fine": self.fine}
+        found |= {k: None if v is None else torch.from_numpy(v) for k, v in crops.items()}
+        return {k: v for k, v in found.items() if v is not None}
 
     def save(
         self, path: str | os.PathLike[str], *, storage: str | None = None, consent: str | None = None
@@ -117,7 +121,7 @@ class Reference:
         return Reference(
             ReferenceContext(**parts[ReferenceContext]), cache, Scene(**parts[Scene]), tensors["frames"].numpy(),
             facts["weights"], facts["config"], facts["consent"], facts["clip"], facts["storage"],
-            (facts["errors"]["k"], facts["errors"]["v"]),
+            (facts["errors"]["k"], facts["errors"]["v"]), tensors["fine"].numpy() if "fine" in tensors else None,
         )  # fmt: skip
 
     def to(self, device: torch.device) -> Reference:

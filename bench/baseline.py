@@ -320,7 +320,7 @@ class Plain:
 
     def pictures(self, video: Tensor) -> np.ndarray:
         frames = video[0].float().transpose(0, 1)
-        scale = self.engine.config.output_scale
+        scale = self.engine.config.height * self.engine.config.output_scale // frames.shape[2]
         if scale != 1:
             frames = F.interpolate(frames, scale_factor=scale, mode="bicubic", align_corners=False)
         frames = ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
@@ -388,4 +388,4 @@ class Plain:
         if carried is None and cfg.chunk.lead_in:
             anchor = still_of(engine.vae, anchor)
         state = ChunkState(anchor, z[:, :, keep:], None if motion is None else motion[:, keep:], held)
-        return z[:, :, n:], None if guide is None else guide.pictures, state
+        return z[:, :, n:], None if guide is None else guide.pictures(), state

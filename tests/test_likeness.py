@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from itertools import pairwise
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import small_bundle
@@ -22,7 +24,7 @@ from avatar_rt.pipeline.reference import to_video
 from avatar_rt.prepared import Reference
 from avatar_rt.scene.image import blank_head
 from avatar_rt.scene.matte import place_person
-from avatar_rt.scene.performance import AMPLITUDE, LEAD, Performance
+from avatar_rt.scene.performance import AMPLITUDE, LEAD, Performance, Pictures, Take
 
 SIZE = len(MOTION_NAMES)
 FRAMES = 17
@@ -38,7 +40,7 @@ def _performance() -> Performance:
     frames = np.arange(FRAMES, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
     motion = torch.zeros(FRAMES, SIZE)
     motion[:, motion_index("yaw")] = torch.arange(FRAMES) / 4.0
-    return Performance(frames, motion, motion.numpy())
+    return Performance(Pictures(frames), motion, motion.numpy())
 
 
 def _likeness(times: tuple[float, ...] = (0.8,)) -> Likeness:
@@ -50,12 +52,17 @@ def _tokens(*latents: int) -> torch.Tensor:
     return _performance().motion[1:].unflatten(0, (-1, FRAMES_PER_LATENT))[list(latents)].flatten(1)[None]
 
 
+def _take(*heads: int) -> Take:
+    """These frames, with their own mouths."""
+    return Take(list(heads), list(heads), [None] * len(heads), torch.empty(0))
+
+
 def test_a_step_starts_from_the_guide_and_keeps_the_noise() -> None:
     g = torch.Generator().manual_seed(1)
     clean, noise, led = (torch.randn(1, 3, 2, 4, 4, generator=g) for _ in range(3))
     m, m_noise, m_led = (torch.randn(1, 2, 8, generator=g) for _ in range(3))
     z, motion = torch.lerp(clean, noise, 0.9), torch.lerp(m, m_noise, 0.9)
-    guide = Guide(led, m_led, np.zeros((8, 8, 8, 3), np.uint8))
+    guide = Guide(led, m_led, lambda: np.zeros((8, 8, 8, 3), np.uint8))
     after, moving = guide.step(z, noise - clean, motion, m_noise - m, 0.9, 0.4)
     assert torch.allclose(after, torch.lerp(led, noise, 0.4), atol=1e-5)
     assert torch.allclose(moving, torch.lerp(m_led, m_noise, 0.4), atol=1e-5)
@@ -71,7 +78,7 @@ def test_what_moves_as_the_reference_is_led_by_its_own_frames() -> None:
     lent = _likeness()
     guide = lent.guide(_tokens(1, 2), _tokens(0))
     assert guide.latents[0, 0, :, 0, 0].tolist() == [8, 12]  # the last frames of the reference's latents 1 and 2
-    assert guide.pictures[:, 0, 0, 0].tolist() == list(range(5, 13))
+    assert guide.pictures()[:, 0, 0, 0].tolist() == list(range(5, 13))
     assert torch.equal(guide.motion, _tokens(1, 2))
     assert lent.guide(_tokens(0)).latents[0, 0, :, 0, 0].tolist() == [4]  # nothing lies before its first
 
@@ -94,18 +101,19 @@ def test_mouths_are_taken_from_where_they_are_as_open(monkeypatch: pytest.Monkey
     """As open as is told, and somewhat more: what is told lies nearer to the mean than it should."""
     taken: list[tuple[int, int]] = []
 
-    def move(frame: np.ndarray, pose: np.ndarray, other: np.ndarray, other_pose: np.ndarray) -> np.ndarray:
+    def put(frame: np.ndarray, pose: np.ndarray, other: np.ndarray, move: np.ndarray) -> np.ndarray:
         taken.append((int(frame[0, 0, 0]), int(other[0, 0, 0])))
         return other
 
-    monkeypatch.setattr("avatar_rt.scene.performance.move_mouth", move)
+    monkeypatch.setattr("avatar_rt.scene.performance.put_mouth", put)
     lent, jaw = _performance(), motion_index("jawOpen")
     lent.motion[:, motion_index("yaw")] = 0
     lent.motion[:, jaw] = torch.tensor([0.0, 0, 0, 0, 0, 3, 3, 3, 3, -3, -3, -3, -3, 0, 0, 0, 0])
     told = torch.zeros(1, FRAMES_PER_LATENT, SIZE)
     told[..., jaw] = 3
     told[0, 2, jaw] = -3 / AMPLITUDE
-    pictures, moved = lent(told)
+    take = lent.take(told)
+    pictures, moved = lent.pictures(take), take.motion
     assert [p in range(5, 9) for p in pictures[LEAD:, 0, 0, 0]] == [True, True, False, True]
     assert pictures[LEAD + 2, 0, 0, 0] in range(9, 13) and taken
     assert torch.equal(moved, lent.motion[5:9][None])
@@ -128,7 +136,7 @@ def test_carried_latents_stay_as_they_are_and_the_model_ends_alone(n: int) -> No
     guide = lent.guide(motion[:, n:], motion[:, :n])
     wanted = torch.lerp(guide.latents, z[:, :, n:], 0.7) - 0.7
     assert torch.allclose(out[:, :, n:], wanted, atol=1e-5)
-    assert np.array_equal(solved.guide.pictures, guide.pictures)
+    assert np.array_equal(solved.guide.pictures(), guide.pictures())
 
 
 def test_what_a_codec_lost_of_the_guide_is_put_back_where_the_video_is_still_it() -> None:
@@ -142,6 +150,19 @@ def test_what_a_codec_lost_of_the_guide_is_put_back_where_the_video_is_still_it(
     assert after < 0.1 * before
     assert torch.allclose(out[..., 24:], blurred[..., 24:], atol=1e-4)
     assert torch.allclose(restore(sharp, guide), sharp, atol=1e-6)
+
+
+def test_a_guide_that_is_finer_makes_the_video_as_fine() -> None:
+    rng = np.random.default_rng(0)
+    guide = torch.from_numpy(rng.integers(100, 140, (3, 64, 64, 3), np.uint8))
+    fine = guide.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    small = F.avg_pool3d(fine, (1, 2, 2))
+    small[..., 16:] += 1.0
+    out = restore(small, guide)
+    assert out.shape == fine.shape
+    assert (out - fine).abs()[..., :20].mean() < 0.01
+    enlarged = F.interpolate(small[0].transpose(0, 1), scale_factor=2, mode="bicubic").transpose(0, 1)[None]
+    assert torch.allclose(out[..., 48:], enlarged[..., 48:], atol=1e-4)
 
 
 def test_the_last_pictures_of_a_guide_are_the_chunks(engine: AvatarEngine, reference: Reference) -> None:
@@ -178,10 +199,10 @@ def reference(engine: AvatarEngine) -> Reference:
 def test_without_a_scene_the_guide_is_of_the_reference(engine: AvatarEngine, reference: Reference) -> None:
     lent = engine.likeness(reference, None, (0.8,))
     assert lent is not None and lent.times == (0.8,)
-    clip = lent.perform
-    assert isinstance(clip, Performance) and np.array_equal(clip.frames, reference.frames[:17])
+    clip = lent.performance
+    assert np.array_equal(clip.small.frames, reference.frames[:17]) and clip.fine is None
     assert len(clip.motion) == len(clip.poses) == 17
-    assert np.array_equal(clip.pictures([3, 4], [3, 4]), reference.frames[3:5])
+    assert np.array_equal(clip.pictures(_take(3, 4)), reference.frames[3:5])
     part = reference.context.latents.shape[2]
     assert torch.allclose(clip.motion[1 : 4 * part + 1].reshape(1, part, -1), reference.context.motion, atol=1e-4)
     wanted = engine.vae.normalize(engine.vae.encode(to_video(reference.frames[:5]))[0].float())
@@ -200,10 +221,45 @@ def test_in_a_scene_the_guide_is_the_person_before_it(
     monkeypatch.setattr("avatar_rt.engine.detect_faces", lambda picture: np.zeros((int(somebody), 5), np.float32))
     scene = np.full((128, 128, 3), 90, np.uint8)
     lent = engine.likeness(reference, scene, (0.8,))
-    assert lent is not None and isinstance(lent.perform, Performance)
+    assert lent is not None
     part = mattes * ~blank_head(scene[:64, :64])[1] if somebody else mattes
     wanted = place_person(reference.frames[5:9], part[5:9], scene[:64, :64])
-    assert np.array_equal(lent.perform.pictures([5, 6, 7, 8], [5, 6, 7, 8]), wanted)
+    assert np.array_equal(lent.performance.pictures(_take(5, 6, 7, 8)), wanted)
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_videos_are_as_fine_as_the_clip_was(
+    tmp_path: Path, engine: AvatarEngine, monkeypatch: pytest.MonkeyPatch, scale: int
+) -> None:
+    """A crop as large as the videos are is kept so, and its scene too; what the model sees is the same."""
+    bundle = small_bundle.write_bundle(tmp_path / "bundle", spread=0.1, height=64, width=64, output_scale=scale)
+    larger = AvatarEngine(bundle)
+    clip = np.random.default_rng(0).integers(0, 256, (9, 128, 128, 3), np.uint8)
+    scene = np.random.default_rng(1).integers(0, 256, (150, 200, 3), np.uint8)
+    person, plain = larger.prepare(clip, cropped=True), engine.prepare(clip, cropped=True)
+    assert np.array_equal(person.frames, plain.frames) and plain.fine is None
+    monkeypatch.setattr("avatar_rt.engine.detect_faces", lambda picture: np.zeros((0, 5), np.float32))
+    lent = larger.likeness(person, scene, (0.8,))
+    assert lent is not None
+    take, shown = _take(3, 4), lent.performance.shown(_take(2, 3, 4), 2)
+    if scale == 1:
+        assert person.fine is None and np.array_equal(shown, lent.performance.pictures(take))
+        return
+    assert person.fine is not None and np.array_equal(person.fine, clip)
+    assert shown.shape == (2, 128, 128, 3) and lent.performance.mattes is not None
+    assert np.array_equal(shown, place_person(clip[3:5], lent.performance.mattes[3:5], scene_of(scene, 128)))
+    assert larger.prepare(clip[:, :100, :100], cropped=True).fine is None  # as large as the model sees, not as videos
+    person.save(tmp_path / "person.avref")
+    loaded = larger.prepare(tmp_path / "person.avref")
+    assert loaded.fine is not None and np.array_equal(loaded.fine, clip) and loaded.content == person.content
+    other = AvatarEngine(small_bundle.write_bundle(tmp_path / "other", spread=0.1, height=64, width=64))
+    lent = other.likeness(dataclasses.replace(loaded, weights_hash=other.bundle.weights_hash), None, (0.8,))
+    assert lent is not None and lent.performance.fine is None  # its videos are not so large
+
+
+def scene_of(scene: np.ndarray, size: int) -> np.ndarray:
+    """The middle of a picture 150 high, resized."""
+    return cv2.resize(scene[:, 25:175], (size, size), interpolation=cv2.INTER_AREA)
 
 
 def test_a_model_without_the_motion_stream_has_no_guide(tmp_path, reference: Reference) -> None:

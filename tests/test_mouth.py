@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from avatar_rt.media.reader import read_video
 from avatar_rt.models.motion import MOTION_NAMES, motion_index
-from avatar_rt.scene.mouth import OVAL, move_mouth
+from avatar_rt.scene.mouth import OVAL, enlarged, mouth_move, put_mouth
 
 MIDDLE = (64, 64 + 128 * OVAL[1])  # of the oval, in a picture of 128
 
@@ -24,6 +24,21 @@ def _pose(**channels: float) -> np.ndarray:
 @pytest.fixture(scope="module")
 def face() -> np.ndarray:
     return read_video(ROOT / "tests" / "data" / "cases" / "case-02" / "reference.mp4").frames[30]
+
+
+def move_mouth(frame: np.ndarray, pose: np.ndarray, other: np.ndarray, other_pose: np.ndarray) -> np.ndarray:
+    return put_mouth(frame, pose, other, mouth_move(frame, pose, other, other_pose))
+
+
+def test_larger_pictures_move_alike(face: np.ndarray) -> None:
+    """What was found in small pictures holds in larger ones of the same: middles of pixels, not corners, lie over each
+    other."""
+    other, pose = _shifted(face, 3, -2), _pose(translateX=3 / 128, translateY=-2 / 128)
+    large, large_other = (cv2.resize(p, (256, 256), interpolation=cv2.INTER_CUBIC) for p in (face, other))
+    move = mouth_move(face, _pose(), other, pose)
+    assert np.allclose(enlarged(enlarged(move, 3), 1), enlarged(move, 3))
+    assert np.allclose((enlarged(np.eye(3), 2) @ [5, 7, 1])[:2], (5, 7))
+    assert _apart(put_mouth(large, _pose(), large_other, enlarged(move, 2)), large) < 0.25
 
 
 def _shifted(picture: np.ndarray, x: float, y: float) -> np.ndarray:

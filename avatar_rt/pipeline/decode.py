@@ -47,27 +47,32 @@ def decode_chunk(
         video = video[:, :, chunk.lead :]
     else:
         video, state = vae.decode_step(z, state)
+    height = scale * video.shape[3]
     if chunk.guide is not None:
         video = restore(video, torch.from_numpy(chunk.guide[-video.shape[2] :]).to(video.device))
-    return FrameChunk(to_pictures(video[0], scale), 0 if chunk.start == 0 else 4 * chunk.start - 3), state
+    return FrameChunk(
+        to_pictures(video[0], height // video.shape[3]), 0 if chunk.start == 0 else 4 * chunk.start - 3
+    ), state
 
 
 def restore(video: Tensor, guide: Tensor) -> Tensor:
     """Puts back into a decoded video what it lost of its guide: all of it where the two are alike over some pixels and
-    frames, nothing where the model made something else of it.
+    frames, nothing where the model made something else of it. A guide k times as large makes the video so large.
 
     Args:
-        video: [1, 3, F, H, W] in -1..1, a chunk's frames; guide: uint8 [F, H, W, 3].
+        video: [1, 3, F, H, W] in -1..1, a chunk's frames; guide: uint8 [F, k H, k W, 3].
 
-    Returns: fp32 [1, 3, F, H, W].
+    Returns: fp32 [1, 3, F, k H, k W].
     """
-    frames = video[0].float().transpose(0, 1)
-    lost = guide.permute(0, 3, 1, 2).float() / 127.5 - 1 - frames
-    apart = F.avg_pool2d(lost, _CELL).square().amax(1)[None, None]
-    time = min(_AROUND, (len(lost) - 1) // 2)
+    frames, theirs = video[0].float().transpose(0, 1), guide.permute(0, 3, 1, 2).float() / 127.5 - 1
+    scale = theirs.shape[3] // frames.shape[3]
+    apart = (F.avg_pool2d(theirs, _CELL * scale) - F.avg_pool2d(frames, _CELL)).square().amax(1)[None, None]
+    time = min(_AROUND, (len(frames) - 1) // 2)
     apart = F.avg_pool3d(apart, (2 * time + 1, 3, 3), 1, (time, 1, 1), count_include_pad=False)[0, 0]
-    share = F.interpolate(torch.exp(apart / -(ALIKE**2))[:, None], size=lost.shape[2:], mode="bilinear")
-    return (frames + share * lost).transpose(0, 1)[None]
+    if scale != 1:
+        frames = F.interpolate(frames, scale_factor=scale, mode="bicubic", align_corners=False)
+    share = F.interpolate(torch.exp(apart / -(ALIKE**2))[:, None], size=frames.shape[2:], mode="bilinear")
+    return torch.lerp(frames, theirs, share).transpose(0, 1)[None]
 
 
 def motion_of(encoder: MotionEncoder, chunk: LatentChunk, frames: int) -> np.ndarray | None:

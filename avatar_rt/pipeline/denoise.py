@@ -46,7 +46,7 @@ class ChunkState:
 @dataclass(frozen=True)
 class LatentChunk:
     """New latents of a chunk: [1, 16, t, h, w] (normalised), their motion [1, t, M] or None, absolute start; ``lead``
-    of their frames lie before the video. ``guide``: uint8 [4 t, H, W, 3] what led them, or None."""
+    of their frames lie before the video. ``guide``: uint8 [4 t, k H, k W, 3] what led them, or None."""
 
     latents: Tensor
     motion: Tensor | None
@@ -228,7 +228,7 @@ def denoise_chunk(
     z, held = settle(z, n, state, cfg.chunk, scene.kept, given.likeness is not None)
     keep = cfg.chunk.overlap
     lead = max(-schedule.frames_of(plan, cfg.vae.temporal_stride).start, 0)
-    new, shown = None if motion is None else motion[:, n:], None if guide is None else guide.pictures
+    new, shown = None if motion is None else motion[:, n:], None if guide is None else guide.pictures()
     chunk = LatentChunk(z[:, :, n:], new, plan.start + n, lead, shown)
     first = state.anchor
     if first is None:

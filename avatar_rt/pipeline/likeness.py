@@ -11,6 +11,7 @@ pictures that are decoded (``pipeline.decode.restore``).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from avatar_rt.models.motion import FRAMES_PER_LATENT, mouth_channels
+from avatar_rt.scene.performance import Performance
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,12 @@ class Guide:
     """
     Attributes:
         latents: [1, C, T, h, w], normalised; motion: [1, T, 4 M] normalised, its head's and what was told of its mouth.
-        pictures: uint8 [4 T, H, W, 3], what the latents are of.
+        pictures: Makes what the latents are of, uint8 [4 T, k H, k W, 3], in the finest size there is of it.
     """
 
     latents: Tensor
     motion: Tensor
-    pictures: np.ndarray
+    pictures: Callable[[], np.ndarray]
 
     def step(self, z: Tensor, v: Tensor, m: Tensor, vm: Tensor, t: float, t_next: float) -> tuple[Tensor, Tensor]:
         """The Euler step of z [1, C, T, h, w] and motion m [1, T, 4 M] from ``t`` to ``t_next``, by their velocities,
@@ -44,14 +46,12 @@ class Likeness:
     """
     Attributes:
         times: Flow times; at the step that reaches or crosses one, a guide is made anew.
-        perform: From motion [T, 4, M] that is wanted, normalised, and that [M] of the frame before it or None, to
-            pictures uint8 [1 + 4 k, H, W, 3], the last 4 T of them those that are wanted, and their heads' motion
-            [T, 4, M].
+        performance: Makes pictures of motion that is wanted.
         encode: Pictures uint8 [1 + 4 k, H, W, 3] to normalised latents [1, C, 1 + k, h, w].
     """
 
     times: tuple[float, ...]
-    perform: Callable[[Tensor, Tensor | None], tuple[np.ndarray, Tensor]]
+    performance: Performance
     encode: Callable[[np.ndarray], Tensor]
 
     def begins(self, t: float, t_next: float) -> bool:
@@ -68,8 +68,9 @@ class Likeness:
         last = None
         if before is not None and before.shape[1]:
             last = before[0, -1].float().cpu().unflatten(0, (FRAMES_PER_LATENT, -1))[-1]
-        pictures, moved = self.perform(told, last)
+        take = self.performance.take(told, last)
         mouth = mouth_channels(motion.shape[-1]).to(motion.device)
-        led = torch.where(mouth, motion, moved.flatten(1)[None].to(motion))
-        num = len(told)
-        return Guide(self.encode(pictures)[:, :, -num:], led, pictures[-FRAMES_PER_LATENT * num :])
+        led = torch.where(mouth, motion, take.motion.flatten(1)[None].to(motion))
+        num, latents = len(told), self.encode(self.performance.pictures(take))
+        shown = functools.partial(self.performance.shown, take, FRAMES_PER_LATENT * num)
+        return Guide(latents[:, :, -num:], led, shown)

@@ -51,9 +51,12 @@ def person_mattes(frames: np.ndarray) -> np.ndarray:
 
 
 def place_person(frames: np.ndarray, mattes: np.ndarray, scene: np.ndarray) -> np.ndarray:
-    """The person of frames uint8 [F, H, W, 3], cut out by mattes [F, H, W], before a scene uint8 [H, W, 3]."""
-    share = mattes[..., None]
-    return np.asarray((frames * share + scene * (1 - share)).round().astype(np.uint8))
+    """The person of frames uint8 [F, H, W, 3], cut out by mattes fp32 [F, h, w], before a scene uint8 [H, W, 3]."""
+    placed = np.empty_like(frames)
+    for frame, matte, out in zip(frames, mattes, placed, strict=True):
+        share = matte if matte.shape == frame.shape[:2] else cv2.resize(matte, frame.shape[1::-1])
+        cv2.blendLinear(frame, scene, share, 1 - share, out)
+    return placed
 
 
 def _standing(frames: np.ndarray) -> np.ndarray:

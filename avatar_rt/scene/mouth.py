@@ -20,26 +20,47 @@ _GROWN, _MOVED = 0.1, 0.04  # more than that, of the size and of the picture, is
 _X, _Y, _SCALE, _ROLL = (motion_index(name) for name in ("translateX", "translateY", "logScale", "roll"))
 
 
-def move_mouth(frame: np.ndarray, pose: np.ndarray, other: np.ndarray, other_pose: np.ndarray) -> np.ndarray:
-    """A picture of a person with the mouth of another picture of the same.
+def mouth_move(frame: np.ndarray, pose: np.ndarray, other: np.ndarray, other_pose: np.ndarray) -> np.ndarray:
+    """Where the face of one picture lies in another of the same person.
 
     Args:
-        frame, other: uint8 [H, W, 3] face-centred crops; the mouth is that of ``other``.
+        frame, other: uint8 [H, W, 3] face-centred crops.
         pose, other_pose: [62] their motion, in natural units.
 
-    Returns: uint8 [H, W, 3].
+    Returns: [3, 3] from pixels of ``other`` to pixels of ``frame``, the middle of the first at 0.
     """
+    place = _placed(pose, frame.shape[1])
+    return _refined(other, frame, place @ np.linalg.inv(_placed(other_pose, frame.shape[1])), place)
+
+
+def enlarged(move: np.ndarray, scale: int) -> np.ndarray:
+    """``move`` [3, 3] between pictures that are so many times larger."""
+    larger = np.array([[scale, 0, (scale - 1) / 2], [0, scale, (scale - 1) / 2], [0, 0, 1]])
+    return np.asarray(larger @ move @ np.linalg.inv(larger))
+
+
+def put_mouth(frame: np.ndarray, pose: np.ndarray, other: np.ndarray, move: np.ndarray) -> np.ndarray:
+    """A picture uint8 [H, W, 3] of a person with the mouth of another, brought there by ``move`` [3, 3]."""
     height, width = frame.shape[:2]
     place = _placed(pose, width)
-    move = _refined(other, frame, place @ np.linalg.inv(_placed(other_pose, width)), place)
-    size = (width, height)
-    moved = cv2.warpAffine(other, move[:2], size, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
-    y, x = np.mgrid[0:height, 0:width] + 0.5
+    reach = np.exp(pose[_SCALE]) * width * max(OVAL[2:]) * (1 + SOFT / 2) ** 0.5
+    middle = place @ np.array([*OVAL[:2], 1])
+    x0, y0 = (max(int(np.floor(v - reach)), 0) for v in middle[:2])
+    x1, y1 = (min(int(np.ceil(v + reach)), most) for v, most in zip(middle[:2], (width, height), strict=True))
+    out = frame.copy()
+    if x1 <= x0 or y1 <= y0:
+        return out
+    here = np.array([[1, 0, -x0], [0, 1, -y0], [0, 0, 1]]) @ move
+    size = (x1 - x0, y1 - y0)
+    moved = cv2.warpAffine(other, here[:2], size, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    y, x = np.mgrid[y0:y1, x0:x1] + 0.5
     back = np.linalg.inv(place)
     across, down = (back[i, 0] * x + back[i, 1] * y + back[i, 2] for i in range(2))
     distance = ((across - OVAL[0]) / OVAL[2]) ** 2 + ((down - OVAL[1]) / OVAL[3]) ** 2
     share = np.clip((1 - distance) / SOFT + 0.5, 0, 1)[..., None]
-    return np.asarray((frame * (1 - share) + moved * share).round().astype(np.uint8))
+    part = out[y0:y1, x0:x1]
+    part[:] = (part * (1 - share) + moved * share).round().astype(np.uint8)
+    return out
 
 
 def _placed(pose: np.ndarray, width: int) -> np.ndarray:

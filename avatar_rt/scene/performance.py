@@ -10,7 +10,7 @@ from torch import Tensor
 
 from avatar_rt.models.motion import FRAMES_PER_LATENT
 from avatar_rt.scene.matte import place_person
-from avatar_rt.scene.mouth import move_mouth
+from avatar_rt.scene.mouth import enlarged, mouth_move, put_mouth
 from avatar_rt.scene.units import head_units, mouth_units
 
 AMPLITUDE = 1.5  # what a mouth that is believed moves too little: an estimate of little certainty lies near the mean
@@ -18,28 +18,52 @@ LEAD = FRAMES_PER_LATENT + 1  # frames before the first that is wanted, for an e
 
 
 @dataclass(frozen=True)
-class Performance:
-    """
+class Pictures:
+    """What is shown of a clip, in one size.
+
     Attributes:
-        frames: uint8 [F, H, W, 3] of the clip, face-centred crops, F = 1 + 4 R.
-        motion: fp32 [F, M] of them, normalised; poses: fp32 [F, M] in natural units.
-        mattes: fp32 [F, H, W] of the person, and scene uint8 [H, W, 3] to put it before; None: the frames as they are.
+        frames: uint8 [F, H, W, 3] of the clip, face-centred crops.
+        scene: uint8 [H, W, 3] to put the person before, or None.
     """
 
     frames: np.ndarray
+    scene: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Take:
+    """Frames of a clip in a new order: whose heads, whose mouths, and how each of these comes to its head ([3, 3], see
+    ``scene.mouth``), None where it is the head's own. ``motion`` [T, 4, M] is that of the heads."""
+
+    heads: list[int]
+    mouths: list[int]
+    moves: list[np.ndarray | None]
+    motion: Tensor
+
+
+@dataclass(frozen=True)
+class Performance:
+    """
+    Attributes:
+        small: The clip, F = 1 + 4 R, and the scene, as the model sees them; fine: the same some times as large, for the
+            eye, or None.
+        motion: fp32 [F, M] of the frames, normalised; poses: fp32 [F, M] in natural units.
+        mattes: fp32 [F, H, W] of the person where there is a scene.
+    """
+
+    small: Pictures
     motion: Tensor
     poses: np.ndarray
     mattes: np.ndarray | None = None
-    scene: np.ndarray | None = None
+    fine: Pictures | None = None
 
-    def __call__(self, told: Tensor, before: Tensor | None = None) -> tuple[np.ndarray, Tensor]:
+    def take(self, told: Tensor, before: Tensor | None = None) -> Take:
         """The person moving as told.
 
         Args:
             told: [T, 4, M] normalised motion; before: [M] of the frame before it, or None.
 
-        Returns: pictures uint8 [LEAD + 4 T, H, W, 3], the first LEAD of them what went before in the clip, and the
-            motion [T, 4, M] of the heads that are shown, with their own mouths.
+        Returns: LEAD + 4 T frames, the first LEAD of them what went before in the clip.
         """
         theirs = self.motion[1:].unflatten(0, (-1, FRAMES_PER_LATENT))
         units = head_units(told, theirs, before)
@@ -47,14 +71,30 @@ class Performance:
         usual = self.motion.mean(0)
         mouths = mouth_units(usual + AMPLITUDE * (told.flatten(0, 1) - usual), self.motion, heads)
         lead = (heads[0] + torch.arange(-LEAD, 0)).clamp(min=0)
-        return self.pictures(torch.cat([lead, heads]).tolist(), torch.cat([lead, mouths]).tolist()), theirs[units]
+        all_heads, all_mouths = torch.cat([lead, heads]).tolist(), torch.cat([lead, mouths]).tolist()
+        frames, poses = self.small.frames, self.poses
+        moves = [
+            None if i == j else mouth_move(frames[i], poses[i], frames[j], poses[j])
+            for i, j in zip(all_heads, all_mouths, strict=True)
+        ]
+        return Take(all_heads, all_mouths, moves, theirs[units])
 
-    def pictures(self, heads: list[int], mouths: list[int]) -> np.ndarray:
-        """uint8 [n, H, W, 3]: frames ``heads`` of the clip with the mouths of frames ``mouths``, before the scene."""
-        faces = np.stack([
-            self.frames[i] if i == j else move_mouth(self.frames[i], self.poses[i], self.frames[j], self.poses[j])
-            for i, j in zip(heads, mouths, strict=True)
+    def pictures(self, take: Take) -> np.ndarray:
+        """uint8 [n, H, W, 3] as the model sees them: the heads with their mouths, before the scene."""
+        return self._made(self.small, take, 1)
+
+    def shown(self, take: Take, count: int) -> np.ndarray:
+        """The last ``count`` of the pictures in the finest size there is, uint8 [count, k H, k W, 3]."""
+        last = Take(take.heads[-count:], take.mouths[-count:], take.moves[-count:], take.motion)
+        if self.fine is None:
+            return self.pictures(last)
+        return self._made(self.fine, last, self.fine.frames.shape[1] // self.small.frames.shape[1])
+
+    def _made(self, of: Pictures, take: Take, scale: int) -> np.ndarray:
+        made = np.stack([
+            of.frames[i] if m is None else put_mouth(of.frames[i], self.poses[i], of.frames[j], enlarged(m, scale))
+            for i, j, m in zip(take.heads, take.mouths, take.moves, strict=True)
         ])  # fmt: skip
-        if self.mattes is None or self.scene is None:
-            return faces
-        return place_person(faces, self.mattes[heads], self.scene)
+        if self.mattes is None or of.scene is None:
+            return made
+        return place_person(made, self.mattes[take.heads], of.scene)
