@@ -179,16 +179,17 @@ def scores(legs: dict[str, Any]) -> list[str]:
 
 def lengths(legs: dict[str, Any]) -> list[str]:
     """What depends on the reference's seconds, and whether longer is never worse for whose face it is."""
-    keys = ("identity", "identity_margin", "identity_top1", "mouth_r", "loop_r", "style_distance", "lse_c_star")
-    rows, said = [["run", "seconds", "similarity to all of the reference", "similarity over the nearest other",
-                   "it is the nearest", "mouth opening, r", "generated motion against seen, r", "style distance",
-                   "LSE-C*"]], []  # fmt: skip
+    keys = ("identity_top1", "identity_template", "identity", "identity_margin", "mouth_r", "loop_r", "style_distance",
+            "lse_c_star")  # fmt: skip
+    rows, said = [["run", "seconds", "its own reference is the nearest", "mean face to all of the reference's",
+                   "frames to all of the reference", "frames over the nearest other", "mouth opening, r",
+                   "generated motion against seen, r", "style distance", "LSE-C*"]], []  # fmt: skip
     for name, entry in legs.items():
         found = entry.get("seconds", {})
         curves = [[quality(k)({"quality": q}) for k in keys] for q in found.values()]
         for length, values in zip(found, curves, strict=True):
             rows.append([name, length, *(number(v, 4) for v in values)])
-        for column, title in enumerate(rows[0][2:5]):
+        for column, title in enumerate(rows[0][2:6]):
             values = [curve[column] for curve in curves]
             if values and None not in values:
                 rising = all(a <= b for a, b in pairwise(values))  # type: ignore[operator]

@@ -245,7 +245,7 @@ def test_the_page_says_what_is_met_and_what_is_not() -> None:
     assert rows["motion stream, personality: generated motion is seen"] == "yes"
     assert rows["stage 3 knows who, tiny: top-1"] == "not measured"
     assert (
-        "personality, similarity to all of the reference: longer references are not always better." in text
+        "personality, frames to all of the reference: longer references are not always better." in text
         and "36 cases; a CPU" in text
     )
     legs["personality"]["quality"]["mean"] |= {"style_top1": 8 / 36, "style_auc": 0.62}
