@@ -41,7 +41,7 @@ from avatar_rt.runtime.trace import stage
 from avatar_rt.runtime.tuning import Settings, tuning_for
 from avatar_rt.runtime.turns import Turns
 from avatar_rt.scene.image import blank_head, latent_mask
-from avatar_rt.scene.matte import person_mattes
+from avatar_rt.scene.matte import person_mattes, take_out
 from avatar_rt.scene.performance import Performance, Pictures
 from avatar_rt.session import Session
 
@@ -243,24 +243,18 @@ class AvatarEngine:
         """
         if not times or self.config.dit.motion_dim != FRAMES_PER_LATENT * len(MOTION_NAMES):
             return None
-        cfg, mattes = self.config, None
+        cfg = self.config
         count = frames_of_latents((len(reference.frames) - 1) // FRAMES_PER_LATENT + 1)
         frames = reference.frames[:count]
-        if scene is not None:
-            picture, mattes = _fit(scene, cfg.height, cfg.width), person_mattes(frames)
-            if len(detect_faces(picture)):
-                mattes = mattes * ~blank_head(picture)[1]
         fine = reference.fine
         if fine is not None and fine.shape[1] != cfg.height * cfg.output_scale:  # of a bundle of another scale
             fine = None
-        sizes = [
-            Pictures(clip[:count], None if scene is None else _fit(scene, *clip.shape[1:3]))
-            for clip in (reference.frames, fine)
-            if clip is not None
-        ]
+        sizes = [Pictures(clip[:count]) for clip in (reference.frames, fine) if clip is not None]
+        if scene is not None:
+            sizes = _placed(sizes, scene)
         motion = ungroup_motion(read_motion(to_video(frames).to(self.device), self.motion))[0]
         poses = self.motion.denormalize(motion).cpu().numpy()
-        performance = Performance(sizes[0], motion.float().cpu(), poses, mattes, *sizes[1:])
+        performance = Performance(sizes[0], motion.float().cpu(), poses, *sizes[1:])
         return Likeness(tuple(times), performance, self._encode)
 
     # ---- generation ------------------------------------------------------------------------------------------------
@@ -359,6 +353,21 @@ class AvatarEngine:
         mesh = getattr(getattr(self.dit, "spread", None), "mesh", None)
         ranks = f", {mesh.ulysses} x {mesh.ring} ranks" if mesh is not None else ""
         return f"{type(self.dit).__name__}, {type(self.vae).__name__}, {self.settings}{ranks}"
+
+
+def _placed(sizes: list[Pictures], scene: np.ndarray) -> list[Pictures]:
+    """A clip's pictures, the smallest first, with the person cut out and a scene uint8 [H, W, 3] to put them before:
+    all of the person, or only the head where the scene shows somebody."""
+    frames = sizes[0].frames
+    mattes, somebody = person_mattes(frames), len(detect_faces(_fit(scene, *frames.shape[1:3]))) > 0
+    out = []
+    for of in sizes:
+        picture = _fit(scene, *of.frames.shape[1:3])
+        clip, shares = take_out(frames, mattes, of.frames)
+        if somebody:
+            shares = shares * ~blank_head(picture)[1]
+        out.append(Pictures(clip, picture, shares))
+    return out
 
 
 def _fit(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from avatar_rt.pipeline.likeness import Guide, Likeness
 from avatar_rt.pipeline.reference import to_video
 from avatar_rt.prepared import Reference
 from avatar_rt.scene.image import blank_head
-from avatar_rt.scene.matte import place_person
+from avatar_rt.scene.matte import person_mattes, place_person, take_out
 from avatar_rt.scene.performance import AMPLITUDE, LEAD, Performance, Pictures, Take
 
 SIZE = len(MOTION_NAMES)
@@ -222,8 +222,9 @@ def test_in_a_scene_the_guide_is_the_person_before_it(
     scene = np.full((128, 128, 3), 90, np.uint8)
     lent = engine.likeness(reference, scene, (0.8,))
     assert lent is not None
-    part = mattes * ~blank_head(scene[:64, :64])[1] if somebody else mattes
-    wanted = place_person(reference.frames[5:9], part[5:9], scene[:64, :64])
+    clip, shares = take_out(reference.frames[:17], mattes, reference.frames[:17])
+    part = shares * ~blank_head(scene[:64, :64])[1] if somebody else shares
+    wanted = place_person(clip[5:9], part[5:9], scene[:64, :64])
     assert np.array_equal(lent.performance.pictures(_take(5, 6, 7, 8)), wanted)
 
 
@@ -246,8 +247,11 @@ def test_videos_are_as_fine_as_the_clip_was(
         assert person.fine is None and np.array_equal(shown, lent.performance.pictures(take))
         return
     assert person.fine is not None and np.array_equal(person.fine, clip)
-    assert shown.shape == (2, 128, 128, 3) and lent.performance.mattes is not None
-    assert np.array_equal(shown, place_person(clip[3:5], lent.performance.mattes[3:5], scene_of(scene, 128)))
+    fine = lent.performance.fine
+    assert shown.shape == (2, 128, 128, 3) and fine is not None and fine.mattes is not None
+    colours, shares = take_out(person.frames[:9], person_mattes(person.frames[:9]), clip[:9])
+    assert np.array_equal(fine.frames, colours) and np.array_equal(fine.mattes, shares)
+    assert np.array_equal(shown, place_person(colours[3:5], shares[3:5], scene_of(scene, 128)))
     assert larger.prepare(clip[:, :100, :100], cropped=True).fine is None  # as large as the model sees, not as videos
     person.save(tmp_path / "person.avref")
     loaded = larger.prepare(tmp_path / "person.avref")

@@ -17,12 +17,12 @@ ENOUGH = 0.35  # of the votes: a lost piece of hair shows more than a rim of the
 STRIP = (0.35, 0.03)  # what reaches the upper edge and is narrower, in widths, is wall; how much is cut off, in heights
 SOFT = 1 / 128  # of the picture's width: the edge
 PATTERN = 8.0  # grey levels a pixel, at 128 pixels: what changes less from place to place cannot be seen to stand
-HAIR, STEEP = (
-    0.27,
-    1.5,
-)  # of the width, to either side: hair; and how much more a pattern there changes across than down
+HAIR = 0.27  # of the width, to either side
+STEEP = 1.5  # how much more a pattern there changes across than down
 STANDS = 0.25  # of what a face moves by: what moves less stands still
 MOVES = 0.4  # pixels of 128: a head that moves less says nothing about what stands behind it
+BAND, REACH = 3 / 128, 3 / 128  # of the width, on either side of the edge: what may be both; whence colours are known
+APART = 40.0  # grey levels between person and place from which on the colour decides how much is whose
 BUST = 0.74  # of the height: lower down, clothes stand as still as walls
 
 
@@ -50,11 +50,61 @@ def person_mattes(frames: np.ndarray) -> np.ndarray:
     return np.asarray(known[before] * (1 - share) + known[after] * share)
 
 
+def take_out(frames: np.ndarray, mattes: np.ndarray, larger: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The person's own colours at the edge, where the old place shines through, and how much of a pixel is theirs.
+
+    Near the edge the colours of person and place are known from either side of it. A pixel is as much of the person as
+    its colour lies towards theirs, where the two differ; of the colour, what is then the place's is taken out (Forte,
+    ICIP 2021).
+
+    Args:
+        frames: uint8 [F, h, w, 3]; mattes: fp32 [F, h, w] of ``person_mattes``.
+        larger: uint8 [F, k h, k w, 3] the same frames, k times as large; k = 1 for these.
+
+    Returns: ``larger`` so changed, and its mattes uint8 [F, k h, k w], 255 where all is the person.
+    """
+    colours, shares = np.empty_like(larger), np.empty(larger.shape[:3], np.uint8)
+    for i in range(len(frames)):
+        colours[i], shares[i] = _taken_out(frames[i].astype(np.float32), mattes[i], larger[i].astype(np.float32))
+    return colours, shares
+
+
+def _taken_out(frame: np.ndarray, matte: np.ndarray, larger: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One picture of ``take_out``, all fp32; the colours and the share in 0..255."""
+    (height, width), size = larger.shape[:2], larger.shape[1::-1]
+    person = (matte > 0.5).astype(np.uint8)
+    side = 2 * max(round(BAND * frame.shape[1]), 1) + 1
+    near = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
+    known = [cv2.erode(part, near, borderType=cv2.BORDER_REPLICATE) for part in (person, 1 - person)]
+    theirs, place = (cv2.resize(_spread(frame, part.astype(np.float32)), size) for part in known)
+    unknown = cv2.resize(1 - known[0] - known[1], size, interpolation=cv2.INTER_NEAREST) > 0
+    share = cv2.resize(matte, size) if matte.shape != (height, width) else matte.copy()
+    seen, front, back, before = larger[unknown], theirs[unknown], place[unknown], share[unknown]
+    towards = front - back
+    apart = np.square(towards).sum(1)
+    told = np.clip(((seen - back) * towards).sum(1) / np.maximum(apart, 1e-3), 0, 1)
+    off = np.square(seen - back - told[:, None] * towards).sum(1)  # a colour that neither has, nor any mix of them
+    sure = apart / (apart + APART**2 + 4 * off) * (front.any(1) & back.any(1))
+    share[unknown] = sure * np.minimum(told, 2 * before) + (1 - sure) * before
+    share = cv2.GaussianBlur(share, (0, 0), 0.5 * SOFT * width)
+    of = share[unknown][:, None]
+    colours = larger.copy()
+    colours[unknown] = np.clip(front + of * (seen - of * front - (1 - of) * back), 0, 255)
+    return colours.round(), (255 * share).round()
+
+
+def _spread(picture: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """The colours of a picture fp32 [H, W, 3] where ``known`` fp32 [H, W] is 1, from there to around it; 0 far off."""
+    sigma = REACH * picture.shape[1]
+    total = cv2.GaussianBlur(known, (0, 0), sigma)[..., None]
+    return np.asarray(cv2.GaussianBlur(picture * known[..., None], (0, 0), sigma) / np.maximum(total, 1e-3))
+
+
 def place_person(frames: np.ndarray, mattes: np.ndarray, scene: np.ndarray) -> np.ndarray:
-    """The person of frames uint8 [F, H, W, 3], cut out by mattes fp32 [F, h, w], before a scene uint8 [H, W, 3]."""
+    """The person of frames uint8 [F, H, W, 3], cut out by mattes uint8 [F, H, W], before a scene uint8 [H, W, 3]."""
     placed = np.empty_like(frames)
     for frame, matte, out in zip(frames, mattes, placed, strict=True):
-        share = matte if matte.shape == frame.shape[:2] else cv2.resize(matte, frame.shape[1::-1])
+        share = matte.astype(np.float32) / 255
         cv2.blendLinear(frame, scene, share, 1 - share, out)
     return placed
 

@@ -23,11 +23,13 @@ class Pictures:
 
     Attributes:
         frames: uint8 [F, H, W, 3] of the clip, face-centred crops.
-        scene: uint8 [H, W, 3] to put the person before, or None.
+        scene: uint8 [H, W, 3] to put the person before, and mattes: uint8 [F, H, W] how much of each pixel is theirs;
+            None: the frames as they are.
     """
 
     frames: np.ndarray
     scene: np.ndarray | None = None
+    mattes: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,11 @@ class Performance:
         small: The clip, F = 1 + 4 R, and the scene, as the model sees them; fine: the same some times as large, for the
             eye, or None.
         motion: fp32 [F, M] of the frames, normalised; poses: fp32 [F, M] in natural units.
-        mattes: fp32 [F, H, W] of the person where there is a scene.
     """
 
     small: Pictures
     motion: Tensor
     poses: np.ndarray
-    mattes: np.ndarray | None = None
     fine: Pictures | None = None
 
     def take(self, told: Tensor, before: Tensor | None = None) -> Take:
@@ -95,6 +95,6 @@ class Performance:
             of.frames[i] if m is None else put_mouth(of.frames[i], self.poses[i], of.frames[j], enlarged(m, scale))
             for i, j, m in zip(take.heads, take.mouths, take.moves, strict=True)
         ])  # fmt: skip
-        if self.mattes is None or of.scene is None:
+        if of.mattes is None or of.scene is None:
             return made
-        return place_person(made, self.mattes[take.heads], of.scene)
+        return place_person(made, of.mattes[take.heads], of.scene)
