@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -208,35 +204,6 @@ def test_pushing_waits_for_room(engine: AvatarEngine, reference: Reference) -> N
     assert not blocked.is_alive() and not session.push_audio(second)
     with pytest.raises(InputError, match=r"queue_seconds: expected at least the 1\.3"):
         open_(engine, reference, queue_seconds=1.0)
-
-
-LONG = """
-import json
-import numpy as np
-from test_session import SAMPLE_RATE, SAMPLES, AvatarEngine, Path, open_, push_pieces
-
-engine = AvatarEngine()
-session = open_(engine, engine.prepare(SAMPLES / "reference.mp4"), queue_seconds=2.0)
-push_pieces(session, np.random.default_rng(0).standard_normal(12 * SAMPLE_RATE).astype(np.float32) * 0.1)
-kept, memory = [], []
-for _ in session.frames(wait=True):
-    kept.append(sum(p.shape[1] for p in session._stream._sound._pieces))
-    memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
-print(json.dumps([kept, memory]))
-"""
-
-
-def test_a_long_stream_holds_a_short_piece_of_its_sound() -> None:
-    """Three times as long, no more memory: what the session keeps is counted, and what a process of its own has, which
-    gives back at once what it frees."""
-    own = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    told = subprocess.run(
-        [sys.executable, "-c", LONG], cwd=Path(__file__).parent, env=own, stdout=subprocess.PIPE, check=True
-    )
-    kept, memory = json.loads(told.stdout)
-    assert len(kept) == 13
-    assert max(kept) <= 2.0 * SAMPLE_RATE + 40_000  # the queue, and what the next chunk hears before its own frames
-    assert np.median(memory[6:]) < np.median(memory[2:6]) + 5e6
 
 
 # ---- cancelling ----------------------------------------------------------------------------------------------------

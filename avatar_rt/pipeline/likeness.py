@@ -14,13 +14,27 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from avatar_rt.models.motion import FRAMES_PER_LATENT, mouth_channels
-from avatar_rt.scene.performance import Performance
+
+
+class Performance(Protocol):
+    """What shows a person moving as is wanted, see ``scene.performance``."""
+
+    def take(self, told: Tensor, before: Tensor | None = None) -> Any:
+        """From motion [T, 4, M], normalised, and that [M] of the frame before it or None, to what the two below make
+        pictures of; its ``motion`` [T, 4, M] is that of the heads."""
+
+    def pictures(self, take: Any) -> np.ndarray:
+        """uint8 [1 + 4 k, H, W, 3], the last 4 T of them those that are wanted."""
+
+    def shown(self, take: Any, count: int) -> np.ndarray:
+        """The last ``count`` of these in the finest size there is, uint8 [count, n H, n W, 3]."""
 
 
 @dataclass(frozen=True)
