@@ -27,7 +27,9 @@ the offset are of a network that no loss knows. What is read of a style is partl
 `a2v`, which is shown a picture and nothing of how anybody moves, is above one half in it too, so take a rank for a
 style with that in mind. The sampler's settings of `tiny` were chosen on up to thirty-six other people (`python
 -m training.data.cases --first 36`), but for the motion's temperature, chosen on twelve of these; how a person is cut
-out was looked at on both. A column of an earlier commit was made with that commit's sampler.
+out was looked at on both. A column or a row of an earlier commit was made with that commit's sampler. Of the similarities
+over the reference's length, the mean face's is the cosine of the mean embeddings of video and reference; that of the frames
+falls where a face does more, as it does with a longer reference (`bench/quality/identity.py`).
 """
 MEASURES = (
     ("identity_top1", "its own reference is the nearest"), ("identity", "face similarity"), ("lse_c_star", "LSE-C*"),
@@ -183,12 +185,12 @@ def lengths(legs: dict[str, Any]) -> list[str]:
             "lse_c_star")  # fmt: skip
     rows, said = [["run", "seconds", "its own reference is the nearest", "mean face to all of the reference's",
                    "frames to all of the reference", "frames over the nearest other", "mouth opening, r",
-                   "generated motion against seen, r", "style distance", "LSE-C*"]], []  # fmt: skip
+                   "generated motion against seen, r", "style distance", "LSE-C*", "at commit"]], []  # fmt: skip
     for name, entry in legs.items():
         found = entry.get("seconds", {})
         curves = [[quality(k)({"quality": q}) for k in keys] for q in found.values()]
-        for length, values in zip(found, curves, strict=True):
-            rows.append([name, length, *(number(v, 4) for v in values)])
+        for (length, scored), values in zip(found.items(), curves, strict=True):
+            rows.append([name, length, *(number(v, 4) for v in values), scored.get("commit", "n/a")])
         for column, title in enumerate(rows[0][2:6]):
             values = [curve[column] for curve in curves]
             if values and None not in values:
