@@ -27,9 +27,9 @@ the offset are of a network that no loss knows. What is read of a style is partl
 `a2v`, which is shown a picture and nothing of how anybody moves, is above one half in it too, so take a rank for a
 style with that in mind. The sampler's settings of `tiny` were chosen on up to thirty-six other people (`python
 -m training.data.cases --first 36`), but for the motion's temperature, chosen on twelve of these; how a person is cut
-out was looked at on both. A column or a row of an earlier commit was made with that commit's sampler. Of the similarities
-over the reference's length, the mean face's is the cosine of the mean embeddings of video and reference; that of the frames
-falls where a face does more, as it does with a longer reference (`bench/quality/identity.py`).
+out was looked at on both. A column or a row of an earlier commit was made with that commit's sampler. Of the
+similarities over the reference's length, the mean face's is the cosine of the mean embeddings of video and reference;
+that of the frames falls where a face does more, as it does with a longer reference (`bench/quality/identity.py`).
 """
 MEASURES = (
     ("identity_top1", "its own reference is the nearest"), ("identity", "face similarity"), ("lse_c_star", "LSE-C*"),
