@@ -24,8 +24,8 @@ from avatar_rt.media.stream import SpeechFile
 from avatar_rt.media.writer import EXTENSIONS, check_output
 from avatar_rt.models.dit import VideoRefDiT
 from avatar_rt.models.guided import GuidedDiT, refuses_guided
-from avatar_rt.models.motion import FRAMES_PER_LATENT, MOTION_NAMES, MotionEncoder, ungroup_motion
-from avatar_rt.models.speech import SpeechEncoder
+from avatar_rt.models.motion import FRAMES_PER_LATENT, MOTION_NAMES, MotionEncoder, motion_index, ungroup_motion
+from avatar_rt.models.speech import MOUTH_COEFFICIENTS, SpeechEncoder
 from avatar_rt.models.streamed import StreamedVAE, refuses_streamed
 from avatar_rt.models.text import TextEncoder
 from avatar_rt.models.vae import VideoVAE
@@ -40,6 +40,7 @@ from avatar_rt.runtime.manifest import file_hash, open_bundle, shipped_bundle
 from avatar_rt.runtime.trace import stage
 from avatar_rt.runtime.tuning import Settings, tuning_for
 from avatar_rt.runtime.turns import Turns
+from avatar_rt.scene.articulation import Articulation, articulation
 from avatar_rt.scene.image import blank_head, latent_mask
 from avatar_rt.scene.matte import person_mattes, take_out
 from avatar_rt.scene.performance import Performance, Pictures
@@ -254,8 +255,21 @@ class AvatarEngine:
             sizes = _placed(sizes, scene)
         motion = ungroup_motion(read_motion(to_video(frames).to(self.device), self.motion))[0]
         poses = self.motion.denormalize(motion).cpu().numpy()
-        performance = Performance(sizes[0], motion.float().cpu(), poses, *sizes[1:])
+        performance = Performance(sizes[0], motion.float().cpu(), poses, self.articulation(reference), *sizes[1:])
         return Likeness(tuple(times), performance, self._encode)
+
+    @torch.inference_mode()
+    def articulation(self, reference: Reference) -> Articulation:
+        """How the person's mouth answers their sound, see ``scene.articulation``; of a model without this engine's
+        motion stream, as it is told."""
+        context, jaw = reference.context, motion_index("jawOpen")
+        if context.motion is None or self.config.dit.motion_dim != FRAMES_PER_LATENT * len(MOTION_NAMES):
+            return Articulation(0.0, 1.0)
+        read, heard = context.motion[0].float().unflatten(1, (FRAMES_PER_LATENT, -1))[..., jaw].flatten().cpu(), None
+        if context.audio is not None:
+            mouth = self.speech.heads(context.audio)["mouth"][0, :, 1 + MOUTH_COEFFICIENTS.index("jawOpen")]
+            heard = ((mouth - self.motion.mean[jaw]) / self.motion.std[jaw]).float().cpu()
+        return articulation(read, heard)
 
     # ---- generation ------------------------------------------------------------------------------------------------
 
@@ -296,7 +310,8 @@ class AvatarEngine:
             with torch.inference_mode():
                 place = self.encode_scene(picture)
         guide = self.likeness(reference, picture, sampling.likeness)
-        return Session(self, reference, place, prompt, seed, sampling, use_cache, queue_seconds, overlap, guide)
+        late = self.articulation(reference).late
+        return Session(self, reference, place, prompt, seed, sampling, use_cache, queue_seconds, overlap, guide, late)
 
     def generate(
         self,

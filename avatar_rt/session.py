@@ -97,6 +97,8 @@ class Session:
             is in memory anyway and for a thread that both pushes and iterates.
         overlap: Denoise the next chunk in a thread while this one is decoded and used. The frames are the same.
         likeness: The reference's person as a guide for the solver, or None.
+        late: Frames by which the person's mouth is later than the model makes it: the model hears the sound so much
+            later, no more than lies ahead of a frame in what it hears.
 
     Raises: InputError when ``queue_seconds`` is less than the first chunk hears.
     """
@@ -113,6 +115,7 @@ class Session:
         queue_seconds: float | None = None,
         overlap: bool = True,
         likeness: Likeness | None = None,
+        late: int = 0,
     ) -> None:
         self.engine, self.reference, self.scene, self.likeness = engine, reference, scene, likeness
         cfg = engine.config
@@ -123,7 +126,7 @@ class Session:
         self.overlap, self.stats = overlap, ChunkStats()
         self._cache = pack_cache(reference.cache) if use_cache else None
         # Not a method of this session: it goes, with its reference, when its last user does and not at a collection.
-        span = functools.partial(_span, self.schedule, cfg.dit.audio_per_latent, engine.speech.context)
+        span = functools.partial(_span, self.schedule, cfg.dit.audio_per_latent, engine.speech.context, late)
         self._stream = Stream(span, Head(0, ChunkState()), queue_seconds)
         self._decoder: tuple[Tensor, ...] = ()
         self._open = threading.Lock()  # held by the one iteration over frames()
@@ -311,12 +314,13 @@ class Session:
         self._decoder = state.decoder
 
 
-def _span(schedule: Schedule, per: int, context: tuple[int, int], index: int) -> Span:
+def _span(schedule: Schedule, per: int, context: tuple[int, int], late: int, index: int) -> Span:
     """The index-th chunk on the timeline. Its sound is that of all its frames with the speech encoder's context."""
     plan = schedule.plan(index)
     heard, (left, right) = schedule.frames_of(plan, per), context
-    new = max(per * (plan.start + plan.overlap - 1) + 1, 0)
-    return Span(heard.start * SAMPLES_PER_FRAME - left, heard.stop * SAMPLES_PER_FRAME + right, new, heard.stop)
+    late = min(late * SAMPLES_PER_FRAME, right)  # a chunk is made when its last frame's own sound is there, not before
+    low, high = heard.start * SAMPLES_PER_FRAME - left - late, heard.stop * SAMPLES_PER_FRAME + right - late
+    return Span(low, high, max(per * (plan.start + plan.overlap - 1) + 1, 0), heard.stop)
 
 
 def _mono(samples: np.ndarray) -> np.ndarray:

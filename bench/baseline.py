@@ -341,7 +341,8 @@ class Plain:
         cfg, engine = self.engine.config, self.engine
         plan, d = schedule.plan(index), cfg.dit
         per, n, device = d.audio_per_latent, plan.overlap, engine.device
-        audio = self.sound(wave, schedule.frames_of(plan, per))
+        frames, late = schedule.frames_of(plan, per), engine.articulation(reference).late
+        audio = self.sound(wave, range(frames.start - late, frames.stop - late))
         text = engine.embed_text()
         z = schedule.noise(plan, 0, (d.latent_channels, *cfg.latent_size)).to(device).transpose(0, 1)[None]
         motion = schedule.noise(plan, 1, (d.motion_dim,)).to(device)[None] if d.motion_dim else None

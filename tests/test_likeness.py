@@ -22,9 +22,10 @@ from avatar_rt.pipeline.denoise import ChunkState, LatentChunk, settle, solve
 from avatar_rt.pipeline.likeness import Guide, Likeness
 from avatar_rt.pipeline.reference import to_video
 from avatar_rt.prepared import Reference
+from avatar_rt.scene.articulation import Articulation
 from avatar_rt.scene.image import blank_head
 from avatar_rt.scene.matte import person_mattes, place_person, take_out
-from avatar_rt.scene.performance import AMPLITUDE, LEAD, Performance, Pictures, Take
+from avatar_rt.scene.performance import LEAD, Performance, Pictures, Take
 
 SIZE = len(MOTION_NAMES)
 FRAMES = 17
@@ -40,7 +41,7 @@ def _performance() -> Performance:
     frames = np.arange(FRAMES, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
     motion = torch.zeros(FRAMES, SIZE)
     motion[:, motion_index("yaw")] = torch.arange(FRAMES) / 4.0
-    return Performance(Pictures(frames), motion, motion.numpy())
+    return Performance(Pictures(frames), motion, motion.numpy(), Articulation(0.0, 1.0))
 
 
 def _likeness(times: tuple[float, ...] = (0.8,)) -> Likeness:
@@ -98,7 +99,7 @@ def test_the_mouth_is_what_is_told_and_all_else_the_references() -> None:
 
 
 def test_mouths_are_taken_from_where_they_are_as_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As open as is told, and somewhat more: what is told lies nearer to the mean than it should."""
+    """As open as is told, in the measure of who reads them."""
     taken: list[tuple[int, int]] = []
 
     def put(frame: np.ndarray, pose: np.ndarray, other: np.ndarray, move: np.ndarray) -> np.ndarray:
@@ -106,12 +107,12 @@ def test_mouths_are_taken_from_where_they_are_as_open(monkeypatch: pytest.Monkey
         return other
 
     monkeypatch.setattr("avatar_rt.scene.performance.put_mouth", put)
-    lent, jaw = _performance(), motion_index("jawOpen")
+    lent, jaw = dataclasses.replace(_performance(), mouth=Articulation(1.0, 2.0)), motion_index("jawOpen")
     lent.motion[:, motion_index("yaw")] = 0
     lent.motion[:, jaw] = torch.tensor([0.0, 0, 0, 0, 0, 3, 3, 3, 3, -3, -3, -3, -3, 0, 0, 0, 0])
     told = torch.zeros(1, FRAMES_PER_LATENT, SIZE)
-    told[..., jaw] = 3
-    told[0, 2, jaw] = -3 / AMPLITUDE
+    told[..., jaw] = 1
+    told[0, 2, jaw] = -1.5
     take = lent.take(told)
     pictures, moved = lent.pictures(take), take.motion
     assert [p in range(5, 9) for p in pictures[LEAD:, 0, 0, 0]] == [True, True, False, True]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from avatar_rt.models.motion import FRAMES_PER_LATENT
+from avatar_rt.models.motion import FRAMES_PER_LATENT, motion_index
+from avatar_rt.scene.articulation import Articulation
 from avatar_rt.scene.matte import place_person
 from avatar_rt.scene.mouth import enlarged, mouth_move, put_mouth
 from avatar_rt.scene.units import head_units, mouth_units
 
-AMPLITUDE = 1.5  # what a mouth that is believed moves too little: an estimate of little certainty lies near the mean
+AMPLITUDE = 1.5  # what lips that are believed move too little: an estimate of little certainty lies near the mean
 LEAD = FRAMES_PER_LATENT + 1  # frames before the first that is wanted, for an encoder to begin with
+_JAW = motion_index("jawOpen")
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,13 @@ class Performance:
         small: The clip, F = 1 + 4 R, and the scene, as the model sees them; fine: the same some times as large, for the
             eye, or None.
         motion: fp32 [F, M] of the frames, normalised; poses: fp32 [F, M] in natural units.
+        mouth: How the person's jaw answers what is told.
     """
 
     small: Pictures
     motion: Tensor
     poses: np.ndarray
+    mouth: Articulation
     fine: Pictures | None = None
 
     def take(self, told: Tensor, before: Tensor | None = None) -> Take:
@@ -65,11 +69,12 @@ class Performance:
 
         Returns: LEAD + 4 T frames, the first LEAD of them what went before in the clip.
         """
-        theirs = self.motion[1:].unflatten(0, (-1, FRAMES_PER_LATENT))
-        units = head_units(told, theirs, before)
+        theirs, usual = self.motion[1:].unflatten(0, (-1, FRAMES_PER_LATENT)), self.motion.mean(0)
+        wanted = usual + AMPLITUDE * (told - usual)
+        wanted[..., _JAW] = self.mouth.level + self.mouth.gain * told[..., _JAW]
+        units = head_units(wanted, theirs, before)
         heads = (FRAMES_PER_LATENT * units[:, None] + 1 + torch.arange(FRAMES_PER_LATENT)).flatten()
-        usual = self.motion.mean(0)
-        mouths = mouth_units(usual + AMPLITUDE * (told.flatten(0, 1) - usual), self.motion, heads)
+        mouths = mouth_units(wanted.flatten(0, 1), self.motion, heads)
         lead = (heads[0] + torch.arange(-LEAD, 0)).clamp(min=0)
         all_heads, all_mouths = torch.cat([lead, heads]).tolist(), torch.cat([lead, mouths]).tolist()
         frames, poses = self.small.frames, self.poses
@@ -85,7 +90,7 @@ class Performance:
 
     def shown(self, take: Take, count: int) -> np.ndarray:
         """The last ``count`` of the pictures in the finest size there is, uint8 [count, k H, k W, 3]."""
-        last = Take(take.heads[-count:], take.mouths[-count:], take.moves[-count:], take.motion)
+        last = replace(take, heads=take.heads[-count:], mouths=take.mouths[-count:], moves=take.moves[-count:])
         if self.fine is None:
             return self.pictures(last)
         return self._made(self.fine, last, self.fine.frames.shape[1] // self.small.frames.shape[1])
