@@ -268,7 +268,8 @@ class AvatarEngine:
         read, heard = context.motion[0].float().unflatten(1, (FRAMES_PER_LATENT, -1))[..., jaw].flatten().cpu(), None
         if context.audio is not None:
             mouth = self.speech.heads(context.audio)["mouth"][0, :, 1 + MOUTH_COEFFICIENTS.index("jawOpen")]
-            heard = ((mouth - self.motion.mean[jaw]) / self.motion.std[jaw]).float().cpu()
+            mean, std = (cast(Tensor, v)[jaw] for v in (self.motion.mean, self.motion.std))
+            heard = ((mouth - mean) / std).float().cpu()
         return articulation(read, heard)
 
     # ---- generation ------------------------------------------------------------------------------------------------

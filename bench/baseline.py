@@ -30,6 +30,7 @@ from avatar_rt.models.vae import VideoVAE
 from avatar_rt.models.vae_blocks import FrameAttention, ResidualBlock, Upsample, unfold_patch
 from avatar_rt.pipeline.decode import restore, still_of
 from avatar_rt.pipeline.denoise import ChunkState, settle
+from avatar_rt.pipeline.likeness import Likeness
 from avatar_rt.pipeline.reference import ReferenceContext
 from avatar_rt.pipeline.schedule import Schedule
 from avatar_rt.session import Reference
@@ -295,8 +296,14 @@ class Plain:
         wrap: Callable[[Any], Any] = torch.compile if compiled else lambda module: module
         self.velocity, self.decode = wrap(self.dit), wrap(self.decoder)
 
-    def frames(self, reference: Reference, wave: np.ndarray, schedule: Schedule, total: int) -> Iterator[np.ndarray]:
-        """Frames uint8 [n, H, W, 3] chunk by chunk, as ``Session.frames`` gives them."""
+    def frames(
+        self, reference: Reference, wave: np.ndarray, schedule: Schedule, total: int, likeness: Likeness | None = None
+    ) -> Iterator[np.ndarray]:
+        """Frames uint8 [n, H, W, 3] chunk by chunk, as ``Session.frames`` gives them; led by a ``likeness``, None: the
+        engine's."""
+        likeness = likeness or self.engine.likeness(reference, None, self.engine.config.sampling.likeness)
+        late = self.engine.articulation(reference).late
+        wave = np.concatenate([np.zeros(late * SAMPLES_PER_FRAME, np.float32), wave])
         carried: ChunkState | None = None
         decoder, index, emitted = None, 0, 0
         autocast = functools.partial(
@@ -304,7 +311,7 @@ class Plain:
         )
         while emitted < total:
             with torch.inference_mode(), autocast():
-                latents, led, carried = self.chunk(reference, wave, schedule, index, carried)
+                latents, led, carried = self.chunk(reference, wave, schedule, index, carried, likeness)
                 z = self.engine.vae.denormalize(latents)
                 if decoder is None and schedule.chunk.lead_in:
                     _, decoder = self.decode(z[:, :, :1], None)
@@ -335,14 +342,13 @@ class Plain:
         with torch.autocast("cpu", enabled=False):
             return self.engine.speech(torch.from_numpy(piece)[None].to(self.engine.device), has_context=True)
 
-    def chunk(self, reference: Reference, wave: np.ndarray, schedule: Schedule, index: int, carried: Any) -> Any:
+    def chunk(self, reference: Reference, wave: np.ndarray, schedule: Schedule, index: int, *told: Any) -> Any:
         """Latents of the chunk's new frames, the guide's pictures or None, and what the next chunk needs: anchor, last
-        latents, their motion."""
-        cfg, engine = self.engine.config, self.engine
+        latents, their motion. ``told``: that of the chunk before, and the likeness."""
+        cfg, engine, (carried, likeness) = self.engine.config, self.engine, told
         plan, d = schedule.plan(index), cfg.dit
         per, n, device = d.audio_per_latent, plan.overlap, engine.device
-        frames, late = schedule.frames_of(plan, per), engine.articulation(reference).late
-        audio = self.sound(wave, range(frames.start - late, frames.stop - late))
+        audio = self.sound(wave, schedule.frames_of(plan, per))
         text = engine.embed_text()
         z = schedule.noise(plan, 0, (d.latent_channels, *cfg.latent_size)).to(device).transpose(0, 1)[None]
         motion = schedule.noise(plan, 1, (d.motion_dim,)).to(device)[None] if d.motion_dim else None
@@ -354,7 +360,6 @@ class Plain:
         mask = torch.zeros(1, 1, plan.latents, 1, 1, device=device)
         mask[:, :, :n] = 1
         kv = (reference.cache.k, reference.cache.v)
-        likeness = self.engine.likeness(reference, None, cfg.sampling.likeness)
         believed, guide = motion, None
         for t, t_next in pairwise(schedule.times):
             frames_t = torch.full((1, plan.latents), t, device=device)

@@ -58,7 +58,7 @@ def test_quick_run_ends_in_one_document(quick) -> None:
 
 
 def test_a_wrong_engine_posts_no_number(monkeypatch, capsys) -> None:
-    def broken(self, engine, reference):
+    def broken(self, engine, reference, likeness):
         while True:
             yield np.zeros((29, 256, 256, 3), np.uint8)
 

@@ -11,7 +11,6 @@ pictures that are decoded (``pipeline.decode.restore``).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -33,8 +32,8 @@ class Performance(Protocol):
     def pictures(self, take: Any) -> np.ndarray:
         """uint8 [1 + 4 k, H, W, 3], the last 4 T of them those that are wanted."""
 
-    def shown(self, take: Any, count: int) -> np.ndarray:
-        """The last ``count`` of these in the finest size there is, uint8 [count, n H, n W, 3]."""
+    def finer(self, take: Any, count: int) -> np.ndarray | None:
+        """The last ``count`` of these in a finer size, uint8 [count, n H, n W, 3]; None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,10 @@ class Likeness:
         take = self.performance.take(told, last)
         mouth = mouth_channels(motion.shape[-1]).to(motion.device)
         led = torch.where(mouth, motion, take.motion.flatten(1)[None].to(motion))
-        num, latents = len(told), self.encode(self.performance.pictures(take))
-        shown = functools.partial(self.performance.shown, take, FRAMES_PER_LATENT * num)
-        return Guide(latents[:, :, -num:], led, shown)
+        num, count, made = len(told), FRAMES_PER_LATENT * len(told), self.performance.pictures(take)
+
+        def finest() -> np.ndarray:
+            finer = self.performance.finer(take, count)
+            return made[-count:] if finer is None else finer
+
+        return Guide(self.encode(made)[:, :, -num:], led, finest)

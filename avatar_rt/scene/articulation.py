@@ -1,9 +1,9 @@
 """How the mouth of a reference answers its own sound: how open it is for what is heard, and how late.
 
 An encoder reads an unknown face with an offset and a scale of its own, and people open their mouths by more or less.
-Both are known where a reference speaks: what is heard of the jaw in its sound (the speech encoder's mouth head) and what
-is read off its pictures have the same mean and spread once one is mapped onto the other. People also differ in how far
-the mouth is ahead of the sound (Schwartz and Savariaux, PLOS Computational Biology 2014); the lag at which the two agree
+Both are known where a reference speaks: mapped onto the other, what is heard of the jaw in its sound (by the speech
+encoder's mouth head) has the mean and the spread of what is read off its pictures. People also differ in how far the
+mouth is ahead of the sound (Schwartz and Savariaux, PLOS Computational Biology 2014): the lag at which the two agree
 best says so.
 """
 

@@ -88,11 +88,11 @@ class Performance:
         """uint8 [n, H, W, 3] as the model sees them: the heads with their mouths, before the scene."""
         return self._made(self.small, take, 1)
 
-    def shown(self, take: Take, count: int) -> np.ndarray:
-        """The last ``count`` of the pictures in the finest size there is, uint8 [count, k H, k W, 3]."""
-        last = replace(take, heads=take.heads[-count:], mouths=take.mouths[-count:], moves=take.moves[-count:])
+    def finer(self, take: Take, count: int) -> np.ndarray | None:
+        """The last ``count`` of the pictures in the finer size, uint8 [count, k H, k W, 3]; None where none is."""
         if self.fine is None:
-            return self.pictures(last)
+            return None
+        last = replace(take, heads=take.heads[-count:], mouths=take.mouths[-count:], moves=take.moves[-count:])
         return self._made(self.fine, last, self.fine.frames.shape[1] // self.small.frames.shape[1])
 
     def _made(self, of: Pictures, take: Take, scale: int) -> np.ndarray:
