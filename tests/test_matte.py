@@ -6,7 +6,17 @@ import cv2
 import numpy as np
 import pytest
 
-from avatar_rt.scene.matte import EVERY, STRIP, _grab, _prior, _standing, person_mattes, place_person, take_out
+from avatar_rt.scene.matte import (
+    EVERY,
+    STRIP,
+    _grab,
+    _prior,
+    _regained,
+    _standing,
+    person_mattes,
+    place_person,
+    take_out,
+)
 
 SIZE = 96
 
@@ -145,3 +155,22 @@ def test_an_outline_that_a_turning_head_does_not_move_is_no_wall() -> None:
     frames, _ = _clip(41)
     frames[:, 8:12, 30:66] = (250, 250, 250)  # a crown's edge, up and down alone
     assert not _standing(frames)[5:15, 32:64].any()
+
+
+def test_hair_that_is_lost_for_long_is_what_the_rest_of_the_clip_says() -> None:
+    """And a head that has turned away is not: there the wall is seen."""
+    person = np.zeros((64, 64), bool)
+    person[16:56, 20:44] = True
+    pictures = np.where(person[..., None], np.uint8([60, 40, 30]), np.uint8([90, 160, 90])) + np.zeros(
+        (10, 1, 1, 1), np.uint8
+    )
+    found = np.repeat(person[None], 10, 0).astype(np.float32)
+    found[6:, 16:28] = 0  # the crown, in four of ten pictures
+    pictures[9, 16:56, 20:26] = (90, 160, 90)  # there is the wall now
+    found[9, 16:56, 20:26] = 0
+    kept = _regained(pictures, found)
+    assert np.array_equal(kept[:9], np.repeat(person[None], 9, 0))
+    assert np.array_equal(kept[9, 16:56, 26:44], np.ones((40, 18))) and not kept[9, :, :26].any()
+    found[:] = person
+    found[9, 16:18] = 0  # an outline that moves
+    assert np.array_equal(_regained(pictures, found), found)

@@ -2,7 +2,8 @@
 
 Where a head, a neck and shoulders lie in such a crop is known well enough to start from, and so are places behind them
 that have a pattern and stand still while the head moves; the colours of each picture decide the rest. Neighbouring
-pictures then vote, for hair of the colour of what lies behind it is lost now and then.
+pictures then vote, for hair of the colour of what lies behind it is lost now and then; where it is lost for longer, the
+whole clip says that it is there.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ EVERY = 4  # every so many frames are looked at
 ROUNDS = 4
 NEIGHBOURS = 4  # on either side that vote with a picture
 ENOUGH = 0.35  # of the votes: a lost piece of hair shows more than a rim of the old place
+MOSTLY = 0.5  # of all pictures: what is the person's in so many is, where it has their colour, in the others too
+SAME = 40.0  # grey levels, of all three colours: what differs less has the colour
+PIECE = 0.01  # of the picture: less of it is an outline that moves with the head
 STRIP = (0.35, 0.03)  # what reaches the upper edge and is narrower, in widths, is wall; how much is cut off, in heights
 SOFT = 1 / 128  # of the picture's width: the edge
 PATTERN = 8.0  # grey levels a pixel, at 128 pixels: what changes less from place to place cannot be seen to stand
@@ -36,7 +40,7 @@ def person_mattes(frames: np.ndarray) -> np.ndarray:
     """
     prior, sigma = _prior(*frames.shape[1:3]), SOFT * frames.shape[2]
     prior[_standing(frames[::EVERY]) & (prior != cv2.GC_FGD)] = cv2.GC_BGD
-    looked = [_cut_out(f, prior) for f in frames[::EVERY]]
+    looked = _regained(frames[::EVERY], np.stack([_cut_out(f, prior) for f in frames[::EVERY]]).astype(np.float32))
     mattes = []
     for i in range(len(looked)):
         votes = np.mean(looked[max(0, i - NEIGHBOURS) : i + NEIGHBOURS + 1], axis=0)
@@ -48,6 +52,26 @@ def person_mattes(frames: np.ndarray) -> np.ndarray:
     share = (at - before).astype(np.float32)[:, None, None]
     known = np.stack(mattes)
     return np.asarray(known[before] * (1 - share) + known[after] * share)
+
+
+def _regained(frames: np.ndarray, looked: np.ndarray) -> np.ndarray:
+    """What was cut off somewhere and is the person's in most pictures: uint8 [F, H, W, 3] and fp32 0 or 1 [F, H, W].
+
+    It has to look there as it does where it is theirs: like that, or more like it than like what else is seen there.
+    """
+    count = looked.sum(0)[..., None]
+    theirs = np.einsum("fhwc,fhw->hwc", frames, looked, dtype=np.float32) / np.maximum(count, 1)
+    place = np.einsum("fhwc,fhw->hwc", frames, 1 - looked, dtype=np.float32) / np.maximum(len(frames) - count, 1)
+    mostly, side = looked.mean(0) > MOSTLY, 2 * max(round(BAND * frames.shape[2]), 1) + 1
+    close = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))  # a hairline that moves is neither hair nor skin
+    out = []
+    for frame, own in zip(frames, looked, strict=True):
+        away = np.linalg.norm(frame - theirs, axis=-1)
+        lost = mostly & (own == 0) & ((away < SAME) | (away < np.linalg.norm(frame - place, axis=-1)))
+        if lost.mean() > PIECE:
+            own = cv2.morphologyEx(np.maximum(own, lost), cv2.MORPH_CLOSE, close)
+        out.append(own)
+    return np.stack(out)
 
 
 def take_out(frames: np.ndarray, mattes: np.ndarray, larger: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
